@@ -1,0 +1,1014 @@
+"""iMAS: instance-specific and model-adaptive supervision for semi-supervised semantic segmentation, in one file.
+
+Zhao et al., CVPR 2023, arXiv 2211.11335. Read it from top to bottom beside the paper.
+
+    python imas.py                                              the demo: small drawn scenes, on a CPU, in minutes
+    torchrun imas.py --dataset voc --labeled 183                PASCAL VOC on one GPU
+    torchrun --nproc-per-node 4 imas.py --dataset voc --labeled 183                          on four
+    torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 imas.py ...   on two machines
+    python imas.py --dataset PATH --num-classes N --labeled N   your own pictures, in VOC's folder layout
+    python imas.py --eval runs/demo-16-imas-0/best.pt           score a checkpoint
+
+A network, the student, learns from a few labeled images and many unlabeled ones. For the unlabeled ones a second network
+of the same shape, the teacher, makes up the labels; its weights are the running mean of the student's. Where the two
+still disagree about an image, the image is hard: its labels are not to be trusted, and distorting it further would hurt.
+So every unlabeled image u gets a hardness gamma in [0, 1] (section 4), which steers how strongly u is distorted and with
+which image it is mixed (section 5), and how much it counts in the loss (section 6). Section 8 is the whole algorithm.
+
+1 settings · 2 data · 3 model · 4 quantitative hardness · 5 model-adaptive augmentation · 6 losses · 7 mean teacher ·
+8 one training step · 9 evaluation · 10 the run · 11 the command line
+"""
+
+import argparse
+import copy
+import csv
+import dataclasses
+import json
+import math
+import os
+import runpy
+import sys
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import torchvision
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import nn
+from torch.utils.data import DataLoader, default_collate
+from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.segmentation.deeplabv3 import ASPP
+from torchvision.models.segmentation.fcn import FCNHead
+from torchvision.transforms.functional import adjust_hue
+
+HERE = Path(__file__).resolve().parent
+IMAGE_ENDINGS = (".jpg", ".png", ".jpeg")
+IGNORE = 255                                     # the label of pixels that no loss and no score looks at
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of ImageNet, as all torchvision weights expect
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in one line: what is wrong, where, what to do. `main` prints it and exits with 2."""
+
+
+# 1 ------------------------------------------------------------------------------------------------------- settings ---
+
+def option(default, help, **limits):
+    """A field of Settings: its default, its line in --help, and what it may be (low, high, choices)."""
+    return dataclasses.field(default=default, metadata={"help": help, **limits})
+
+
+@dataclass
+class Settings:
+    """All settings of a run. Each field is a flag; its default is the preset's of the dataset, else the one here."""
+    dataset: str = option("demo", "demo, voc, camvid, or the path of a folder in VOC's layout")
+    root: str = option("", "folder of the data (default: data/DATASET beside imas.py)")
+    out: str = option("", "folder of the run (default: runs/DATASET-LABELED-METHOD-SEED)")
+    labeled: str = option("", "how many images keep their labels, or a file with their ids, one a line")
+    method: str = option("imas", "uniform: the same views without hardness; supervised: labeled images alone, twice as many a step",
+                         choices=("imas", "uniform", "supervised"))
+    adapt: str = option("intensity,cutmix,loss", "which parts follow hardness: any of these three, or none (for ablations)")
+    num_classes: int = option(0, "classes in the masks, the background included; 255 is ignored", low=2, high=255)
+    background: int | None = option(0, "the class left out of hardness because it fills every image, or none")
+    backbone: str = option("resnet50", "resnet8 is the demo's", choices=("resnet8", "resnet18", "resnet34", "resnet50", "resnet101"))
+    weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a file with the backbone's state dict")
+    output_stride: int = option(16, "8 is finer, and about three times slower", choices=(8, 16))
+    width: int = option(256, "channels of ASPP and decoder", low=1)
+    base_size: int = option(0, "long side in pixels before scaling; 0: each image's own", low=0)
+    min_scale: float = option(0.5, "weak augmentation scales by a factor from here ...", low=0.01)
+    max_scale: float = option(2.0, "... to here", low=0.01)
+    crop: int = option(513, "side of the square training crop in pixels; a multiple of the output stride plus 1 fits align_corners", low=16)
+    batch: int = option(16, "labeled images a step, and as many unlabeled, over all processes", low=2)
+    accumulate: int = option(1, "cut each process's part of the batch into this many shares; raise it when memory runs out", low=1)
+    epochs: int = option(80, "passes over the unlabeled images, the warm-up's included", low=1)
+    warmup_epochs: int = option(0, "supervised epochs before the teacher starts; a network without pretrained weights needs a few", low=0)
+    lr: float = option(0.001, "learning rate of the backbone at the start; follows (1 - step/steps)^0.9", low=0.0)
+    head_lr: float = option(10.0, "the learning rate of all but the backbone is this many times lr", low=0.0)
+    momentum: float = option(0.9, "of SGD", low=0.0, high=1.0)
+    weight_decay: float = option(1e-4, "of SGD", low=0.0)
+    tau: float = option(0.95, "confidence from which a pseudo-label counts; lower it if few pixels ever count", low=0.0, high=1.0)
+    lambda_u: float = option(3.0, "weight of the unlabeled loss", low=0.0)
+    ema_decay: float = option(0.996, "how slowly the teacher follows; lower it for very short runs", low=0.0, high=1.0)
+    weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see train_step); off saves a fifth of the time")
+    eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
+    workers: int = option(4, "loader processes per training process", low=0)
+    seed: int = option(0, "of every draw; another seed draws other labeled images too", low=0)
+    device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
+
+
+PRESETS = {
+    "voc": dict(num_classes=21, backbone="resnet101", base_size=500),
+    "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
+                   lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=30, warmup_epochs=5),
+    "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=8, labeled="16",
+                 lr=0.05, head_lr=1.0, tau=0.8, lambda_u=1.0, epochs=10, warmup_epochs=2, workers=0),
+}
+
+
+def check_settings(s):
+    """Raise UserError for the first value of Settings `s` that is out of its bounds, alone or together with others."""
+    for field in dataclasses.fields(s):
+        value, low, high = getattr(s, field.name), field.metadata.get("low"), field.metadata.get("high", 1e9)
+        if low is not None and not low <= value <= high:
+            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high:g}")
+    unknown = set(s.adapt.split(",")) - {"intensity", "cutmix", "loss", "none"}
+    shares = world() * s.accumulate
+    for wrong, line in (
+            (unknown, f"--adapt {s.adapt}: a comma-separated choice of intensity, cutmix, loss; or none"),
+            (s.background is not None and not 0 <= s.background < s.num_classes,
+             f"--background {s.background}: a class from 0 to {s.num_classes - 1}, or none"),
+            (s.min_scale > s.max_scale, f"--min-scale {s.min_scale} is above --max-scale {s.max_scale}"),
+            (s.batch % shares, f"--batch {s.batch} cannot be cut into {shares} equal shares (processes x --accumulate)"),
+            (s.batch < 2 * shares, f"--batch {s.batch} in {shares} shares (processes x --accumulate): a share needs at least 2 images"),
+            (s.warmup_epochs > s.epochs, f"--warmup-epochs {s.warmup_epochs} is more than --epochs {s.epochs}")):
+        if wrong:
+            raise UserError(line)
+
+
+# 2 ----------------------------------------------------------------------------------------------------------- data ---
+
+class Sample(NamedTuple):
+    """One picture of a dataset; `mask` is None where labels are not to be read."""
+    id: str
+    image: Path
+    mask: Path | None
+
+
+def read_ids(path):
+    """The ids in the list file `path`: plain ones, or paths ("JPEGImages/x.jpg", with or without the mask's path behind)."""
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the id list {path}: {getattr(error, 'strerror', error)}") from None
+    ids = {}
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        name = words[0] if len(words) == 2 and words[1].endswith(".png") else line
+        name = name.removeprefix("/").removeprefix("JPEGImages/")
+        name = name.rpartition(".")[0] if name.lower().endswith(IMAGE_ENDINGS) else name
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            raise UserError(f"{path}, line {number}: '{line}' leads out of the dataset's folder")
+        if name in ids:
+            raise UserError(f"{path}, line {number}: '{name}' stands there a second time, remove one")
+        if name:
+            ids[name] = number
+    return list(ids)
+
+
+def data_root(s):
+    """The folder of the data: --root, else --dataset where that is a path, else data/DATASET."""
+    return Path(s.root or (HERE / "data" / s.dataset if s.dataset in PRESETS else s.dataset))
+
+
+def find_data(s):
+    """Find the images of a run.
+
+    Returns (labeled, unlabeled, validation, note): three lists of Sample with no id in common, and where the labeled ids
+    come from. UserError for anything missing.
+    """
+    root = data_root(s)
+    images, masks, lists = root / "JPEGImages", root / "SegmentationClass", root / "ImageSets" / "Segmentation"
+    for folder in (images, masks, lists):
+        if not folder.is_dir():
+            raise UserError(f"there is no folder {folder}: " + {
+                "voc": f"unpack PASCAL VOC 2012 so that it is there, or say --root VOCdevkit/VOC2012",
+                "demo": "run 'python data/prepare.py demo'"}.get(s.dataset, "see the README for the layout, and --root"))
+    splits = root / "splits" / s.labeled
+    pool_list = lists / ("train_aug.txt" if (lists / "train_aug.txt").is_file() else "train.txt")
+    if not s.labeled:
+        raise UserError("--labeled is missing: a number of images, or a file with their ids")
+    if s.labeled.isdecimal() and (splits / "labeled.txt").is_file():
+        labeled, note = read_ids(splits / "labeled.txt"), f"the published partition in {splits}"
+        pool_list = splits / "unlabeled.txt" if (splits / "unlabeled.txt").is_file() else pool_list
+        pool = read_ids(pool_list)
+    elif s.labeled.isdecimal():
+        pool = read_ids(pool_list)
+        with_mask = [i for i in pool if (masks / f"{i}.png").is_file()]
+        if not 0 < int(s.labeled) <= len(with_mask):
+            raise UserError(f"--labeled {s.labeled}: say 1 to {len(with_mask)}, as many ids of {pool_list} have a mask")
+        draw = np.random.default_rng(s.seed).permutation(len(with_mask))[:int(s.labeled)]
+        labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {pool_list}"
+    else:
+        pool, labeled, note = read_ids(pool_list), read_ids(Path(s.labeled)), f"listed in {s.labeled}"
+    unlabeled, validation = sorted(set(pool) - set(labeled)), find_validation(s)
+    both = {v.id for v in validation} & (set(pool) | set(labeled))
+    if both:
+        raise UserError(f"{lists / 'val.txt'} and the training images share {len(both)} ids, '{min(both)}' for one: remove them from one side")
+    if not labeled:
+        raise UserError(f"{s.labeled} holds no id")
+    if len(unlabeled) < s.batch:
+        raise UserError(f"{len(unlabeled)} unlabeled images are left in {pool_list}, a step takes {s.batch}: lower --labeled or --batch")
+    labeled, unlabeled = find_samples(root, labeled, True), find_samples(root, unlabeled, False)
+    check_files(labeled + unlabeled)
+    return labeled, unlabeled, validation, f"{note}; the rest of {pool_list} unlabeled"
+
+
+def find_validation(s):
+    """The images of the validation set: a list of Sample."""
+    path = data_root(s) / "ImageSets" / "Segmentation" / "val.txt"
+    samples = find_samples(data_root(s), read_ids(path), True)
+    if not samples:
+        raise UserError(f"{path} holds no id: nothing to evaluate on")
+    check_files(samples)
+    return samples
+
+
+def find_samples(root, ids, with_masks):
+    """The files of `ids` in VOC's layout, as a list of Sample. They need not exist."""
+    def image(name):
+        paths = [root / "JPEGImages" / (name + ending) for ending in IMAGE_ENDINGS]
+        return next(filter(Path.is_file, paths), paths[0])
+
+    return [Sample(i, image(i), root / "SegmentationClass" / f"{i}.png" if with_masks else None) for i in ids]
+
+
+def check_files(samples):
+    """Look at presence and header of every file, and at the sizes of image and mask; UserError with the faults found."""
+    faults = []
+    for sample in samples:
+        sizes = {}
+        for path in filter(None, (sample.image, sample.mask)):
+            try:
+                with Image.open(path) as picture:
+                    sizes[path] = picture.size
+            except FileNotFoundError:
+                faults.append(f"{path} is missing")
+            except Exception:                    # Pillow's decoders raise errors of many kinds
+                faults.append(f"{path} is not a picture that can be read")
+        if len(set(sizes.values())) == 2:
+            faults.append(f"{sample.mask} is {'x'.join(map(str, sizes[sample.mask]))} pixels, its image {'x'.join(map(str, sizes[sample.image]))}")
+    if faults:
+        raise UserError(f"{len(faults)} of the data's files are faulty: {'; '.join(faults[:10])}{'; ...' if faults[10:] else ''}")
+
+
+def read_image(sample):
+    """The picture of `sample` as a PIL image in RGB."""
+    try:
+        with Image.open(sample.image) as image:
+            return image.convert("RGB")
+    except Exception as error:
+        raise UserError(f"cannot decode {sample.image} ({error}): replace it, or remove its id from the lists") from None
+
+
+def read_mask(sample, num_classes):
+    """The mask of `sample` as a PIL image whose pixels are class indices, 0..num_classes-1 or 255.
+
+    The stored index is the class. The mode is never converted: a palette turned into luminance is garbage.
+    """
+    try:
+        with Image.open(sample.mask) as mask:
+            mode, labels = mask.mode, np.asarray(mask)
+    except Exception as error:
+        raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
+    if mode not in ("P", "L"):
+        raise UserError(f"the mask {sample.mask} has mode {mode}: save the class indices as an 8-bit palette or grey PNG")
+    wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
+    if wrong.size:
+        raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; --num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
+    return Image.fromarray(labels)
+
+
+def weak_augment(image, mask, s, rng):
+    """A_w: random scale, random crop, random flip, of a PIL image and, where it is not None, its mask.
+
+    Draws scale and window first and then resamples the window alone: what resize-then-crop gives, up to one grey level,
+    at a fraction of the time. The result is at most crop x crop; a picture smaller than that is padded later.
+    """
+    factor = rng.uniform(s.min_scale, s.max_scale) * (s.base_size / max(image.size) if s.base_size else 1)
+    width, height = (max(1, round(side * factor)) for side in image.size)               # of the scaled picture
+    w, h = min(width, s.crop), min(height, s.crop)                                      # of the window
+    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+    (sx, sy), flip = (image.width / width, image.height / height), rng.random() < 0.5
+    box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
+
+    def resample(picture, method):
+        picture = picture.resize((w, h), method, box=box)
+        return ImageOps.mirror(picture) if flip else picture
+
+    return resample(image, Image.Resampling.BILINEAR), mask and resample(mask, Image.Resampling.NEAREST)
+
+
+STRONG = (  # A_s: an operation on an image and a magnitude, and the range from which the magnitude is drawn
+    (lambda image, m: image, 0, 0),
+    (lambda image, m: ImageOps.autocontrast(image), 0, 0),
+    (lambda image, m: ImageOps.equalize(image), 0, 0),
+    (lambda image, m: ImageOps.invert(image), 0, 0),
+    (lambda image, m: image.filter(ImageFilter.GaussianBlur(m)), 0.1, 2),
+    (lambda image, m: ImageEnhance.Contrast(image).enhance(m), 0.1, 0.95),
+    (lambda image, m: ImageEnhance.Brightness(image).enhance(m), 0.1, 0.95),
+    (lambda image, m: ImageEnhance.Color(image).enhance(m), 0.1, 0.95),
+    (lambda image, m: ImageEnhance.Sharpness(image).enhance(m), 0.1, 0.95),
+    (lambda image, m: ImageOps.posterize(image, int(m)), 4, 8),         # 4 to 7 bits
+    (lambda image, m: ImageOps.solarize(image, int(m)), 1, 256),        # threshold 1 to 255
+    (lambda image, m: adjust_hue(image, m), -0.5, 0.5),
+)
+
+
+def strong_augment(image, rng):
+    """A_s: two operations, drawn with replacement, on a PIL image. They change colours and sharpness, never places."""
+    for operation, low, high in (STRONG[i] for i in rng.integers(len(STRONG), size=2)):
+        image = operation(image, rng.uniform(low, high))
+    return image
+
+
+LABELED, UNLABELED = 1, 2                                    # streams of random numbers
+
+
+class TrainingImages:
+    """Augmented training images. An item's key says all that it depends on: (stream, epoch, position, index).
+
+    Its draws come from a generator seeded by (seed, epoch, stream, position), so that neither the number of workers nor
+    a stop in the middle changes a pixel. Pixels stay uint8; the device normalizes them.
+    """
+
+    def __init__(self, labeled, unlabeled, s):
+        self.samples, self.s = {LABELED: labeled, UNLABELED: unlabeled}, s
+
+    def __getitem__(self, key):
+        """labeled: image [3, crop, crop] and label [crop, crop]; unlabeled: weak, strong [3, ...], valid [...] and its index."""
+        stream, epoch, position, index = key
+        sample, s = self.samples[stream][index], self.s
+        rng = np.random.default_rng((s.seed, epoch, stream, position))
+        image = read_image(sample)
+        mask = read_mask(sample, s.num_classes) if stream == LABELED else None
+        weak, mask = weak_augment(image, mask, s, rng)
+
+        def pad(picture, fill):                              # on the right and at the bottom
+            array = np.empty((s.crop, s.crop) + np.shape(fill), np.uint8)
+            array[:] = fill
+            array[:picture.height, :picture.width] = picture
+            return torch.from_numpy(array)
+
+        mean = [round(255 * m) for m in MEAN]
+        if stream == LABELED:
+            return {"image": pad(weak, mean).permute(2, 0, 1), "label": pad(mask, IGNORE)}
+        valid = torch.zeros(s.crop, s.crop, dtype=torch.bool)
+        valid[:weak.height, :weak.width] = True
+        return {"weak": pad(weak, mean).permute(2, 0, 1), "strong": pad(strong_augment(weak, rng), mean).permute(2, 0, 1),
+                "valid": valid, "index": index}
+
+
+def share_keys(s, n_labeled, n_unlabeled, shares, mine, step):
+    """Yield the keys of TrainingImages for each of the shares numbered `mine` of step `step`, step + 1, ... to the end.
+
+    An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
+    ones come in random order again and again. `shares` is the number of shares in a step.
+    """
+    steps = n_unlabeled // s.batch
+    for epoch in range(step // steps, s.epochs):
+        alone = without_unlabeled(s, epoch)                  # then the labeled images take their places
+        size = {LABELED: s.batch // shares * (1 + alone), UNLABELED: s.batch // shares * (not alone)}
+        order = {}
+        for stream, n in ((LABELED, n_labeled), (UNLABELED, n_unlabeled)):
+            rng = np.random.default_rng((s.seed, epoch, stream))
+            order[stream] = np.concatenate([rng.permutation(n) for _ in range(-(-steps * shares * size[stream] // n) or 1)]).tolist()
+        for at in range(max(step - epoch * steps, 0), steps):
+            for share in mine:
+                yield [(stream, epoch, p, order[stream][p]) for stream in (LABELED, UNLABELED)
+                       for p in range((at * shares + share) * size[stream], (at * shares + share + 1) * size[stream])]
+
+
+def without_unlabeled(s, epoch):
+    """Whether the steps of `epoch` (from 0) learn from labeled images alone: all of `supervised`, and the warm-up."""
+    return s.method == "supervised" or epoch < s.warmup_epochs
+
+
+def collate_share(items):
+    """One share as a dict of tensors, from its labeled and unlabeled items."""
+    groups = [[i for i in items if "image" in i], [i for i in items if "weak" in i]]
+    return {key: value for group in groups if group for key, value in default_collate(group).items()}
+
+
+class ValidationImages:
+    """Whole pictures with their masks: image uint8 [3, H, W], label uint8 [H, W]."""
+
+    def __init__(self, samples, s):
+        self.samples, self.s = samples, s
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, i):
+        image, mask = read_image(self.samples[i]), read_mask(self.samples[i], self.s.num_classes)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(mask))
+
+
+def normalize(images):
+    """uint8 [B, 3, H, W] on any device -> float32 with ImageNet's mean and deviation, channels-last."""
+    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
+    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+
+
+# 3 ---------------------------------------------------------------------------------------------------------- model ---
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ (Chen et al., ECCV 2018) on a torchvision ResNet: float [B, 3, H, W] -> logits [B, num_classes, H, W].
+
+    backbone       resnet18, 34, 50, 101; or resnet8: one block a stage and no layer4, for small pictures
+    weights        None: drawn; "imagenet": torchvision's IMAGENET1K_V1; else a file with the backbone's state dict
+    output_stride  16 or 8: input pixels per pixel of the deepest features
+    width          channels of ASPP and decoder
+    aux            a second head on layer3; in training mode the result is then a pair (logits, auxiliary logits)
+    """
+
+    def __init__(self, num_classes, backbone="resnet18", weights=None, output_stride=16, width=256, aux=False):
+        super().__init__()
+        self.backbone, low, mid, high = dilated_resnet(backbone, weights, output_stride)
+        rates = [r * 16 // output_stride for r in (6, 12, 18)]
+        self.aspp = ASPP(high, rates, width)
+        self.aspp.project = self.aspp.project[:-1]           # without its dropout, as released
+        self.low_level = nn.Sequential(nn.Conv2d(low, 48, 1, bias=False), nn.BatchNorm2d(48), nn.ReLU())
+        self.decoder = nn.Sequential(
+            nn.Conv2d(width + 48, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, num_classes, 1))
+        self.aux = FCNHead(mid, num_classes) if aux else None
+        if aux:
+            self.aux[3] = nn.Identity()                      # its dropout
+
+    def forward(self, images):
+        """float [B, 3, H, W] -> logits [B, num_classes, H, W]; (logits, auxiliary logits) with `aux` in training mode."""
+        def upsample(x, like):
+            return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=True)
+
+        net = self.backbone
+        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))              # [B, low, H/4, W/4]
+        mid = net.layer3(net.layer2(low))
+        high = self.aspp(net.layer4(mid))                                                # [B, width, H/16, W/16]
+        logits = self.decoder(torch.cat([upsample(high, low), self.low_level(low)], 1))  # [B, C, H/4, W/4]
+        if self.aux is not None and self.training:
+            return upsample(logits, images), upsample(self.aux(mid), images)
+        return upsample(logits, images)
+
+
+def dilated_resnet(name, weights, output_stride):
+    """torchvision's ResNet with strides turned into dilations; and the channels of layer1, of layer3 and of the last stage.
+
+    torchvision dilates Bottlenecks alone, so every ResNet is built plain and its convolutions are set here. layer4 gets the
+    multi-grid (1, 2, 4): its blocks dilate by so many times the stage's own rate.
+    """
+    if name == "resnet8":
+        net = ResNet(BasicBlock, [1, 1, 1, 1])
+        net.layer4 = nn.Identity()
+    else:
+        net = getattr(torchvision.models, name)()
+    if weights is not None:
+        load_backbone(net, name, weights)
+    del net.avgpool, net.fc
+    for stage, plain_stride, grid in ((net.layer3, 16, [1] * 99), (net.layer4, 32, [1, 2, 4])):
+        rate = plain_stride // output_stride
+        if rate > 1:
+            for block, times in zip(stage.children(), grid):
+                for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
+                    conv.stride = (1, 1)
+                    if conv.kernel_size == (3, 3):
+                        conv.dilation = conv.padding = (rate * times, rate * times)
+    low, mid, high = (c * net.layer1[0].expansion for c in (64, 256, 512))
+    return net, low, mid, mid if name == "resnet8" else high
+
+
+def load_backbone(net, name, weights):
+    """Load torchvision's ImageNet weights (`weights` "imagenet"), or the state dict in the file `weights`, into `net`."""
+    try:
+        if weights == "imagenet":
+            state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
+        else:
+            state = torch.load(weights, map_location="cpu", weights_only=True)
+        missing = [k for k in net.load_state_dict(state, strict=False).missing_keys if not k.startswith("fc.")]
+        if missing:
+            raise ValueError(f"{missing[0]} is missing")
+    except Exception as error:                   # of the network, the disk, the file's format, the names or the shapes
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"no weights '{weights}' for {name} ({reason}): use --weights none, or --weights FILE with a state dict") from None
+
+
+# 4 ------------------------------------------------------------------------------------------- quantitative hardness ---
+# Sections 4 to 7 are the method. Each of their functions needs torch and nothing else: copy what you want.
+
+def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
+    """Hardness gamma of each image: how little student and teacher agree on it, weighed by class and confidence.
+
+    Section "Quantitative hardness analysis" of the paper. With p^s, p^t the two networks' softmax on one image:
+
+        rho(p)      = share of pixels whose highest probability is >= tau
+        IoU_k       = IoU of class k between argmax p^s and argmax p^t; 0 where neither predicts k
+        wIoU(q | r) = sum_k w_k IoU_k,  w_k = share of class k among the pixels that r predicts, `background` left out
+        gamma       = 1 - 1/2 [ rho(p^s) wIoU(p^t | p^s) + rho(p^t) wIoU(p^s | p^t) ]
+
+    student_logits, teacher_logits   float [B, C, H, W], both networks in eval mode and without gradient
+    tau                              confidence threshold in [0, 1]
+    background                       class left out of w, or None
+    valid                            bool [B, H, W]: pixels that exist; None: all. Shares are shares of these.
+    Returns float32 [B] in [0, 1], 1 = hardest. (The released code calls 1 - gamma "hardness".) wIoU is 0 where r predicts
+    background alone, so gamma is then 1; likewise for an image without a valid pixel. RuntimeError if shapes disagree.
+    """
+    B, C = student_logits.shape[:2]
+    valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool) if valid is None else valid
+
+    def look(logits):                                                # -> rho [B], argmax [B, H, W]
+        top, label = logits.float().max(1)
+        confidence = (top - logits.float().logsumexp(1)).exp()       # the highest probability of the softmax
+        rho = ((confidence >= tau) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
+        return rho, label
+
+    (rho_s, label_s), (rho_t, label_t) = look(student_logits), look(teacher_logits)
+    image = torch.arange(B, device=valid.device).view(B, 1, 1)
+    cell = ((image * C + label_t) * C + label_s).flatten()
+    count = torch.zeros(B * C * C, dtype=torch.int64, device=valid.device).scatter_add_(0, cell, valid.flatten().long())
+    count = count.view(B, C, C)                                      # pixels of (image, teacher's class, student's class)
+    n_t, n_s, both = count.sum(2), count.sum(1), count.diagonal(dim1=1, dim2=2)          # [B, C] each
+    iou = both / (n_t + n_s - both).clamp(min=1)
+
+    def weighted_iou(n):                                             # n: pixels of each class by the weighing network
+        if background is not None:
+            n = n.clone()
+            n[:, background] = 0
+        return (n * iou).sum(1) / n.sum(1).clamp(min=1)
+
+    return 1 - (rho_s * weighted_iou(n_s) + rho_t * weighted_iou(n_t)) / 2
+
+
+# 5 ------------------------------------------------------------------------------------ model-adaptive augmentation ---
+
+def adapt_intensity(weak, strong, gamma):
+    """The intensity view: (1 - gamma) strong + gamma weak, image by image; a hard image is distorted little.
+
+    Section "Model-adaptive augmentations". weak, strong: float [B, 3, H, W]; gamma: [B] in [0, 1]. -> float [B, 3, H, W]
+    """
+    return torch.lerp(strong, weak, gamma.to(weak.dtype).view(-1, 1, 1, 1))
+
+
+def pair_hard_easy(gamma):
+    """Partner of each image in CutMix: the k-th hardest gets the k-th easiest, and the other way round.
+
+    Section "Model-adaptive augmentations". gamma: [B]. -> int64 [B], its own inverse; in an odd batch the middle image is
+    its own partner. Equal gammas keep the batch's order (stable sort).
+    """
+    order = gamma.argsort(stable=True)                               # from easy to hard
+    partner = torch.empty_like(order)
+    partner[order] = order.flip(0)
+    return partner
+
+
+def cutmix_boxes(batch, height, width, generator):
+    """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner's pixels are pasted.
+
+    All boxes of a batch have one size, v times height and width with v ~ U(0.1, 0.9); each has its own centre, drawn from
+    [height/16, height) x [width/16, width), and is clipped at the border. generator: torch.Generator of the CPU.
+    """
+    v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
+
+    def span(side):                                                  # bool [batch, side]: inside along one axis
+        centre = torch.randint(side // 16, side, (batch, 1), generator=generator)
+        reach, at = int(v * side) // 2, torch.arange(side)
+        return (at >= centre - reach) & (at < centre + reach)
+
+    return span(height).unsqueeze(2) & span(width).unsqueeze(1)
+
+
+# 6 --------------------------------------------------------------------------------------------------------- losses ---
+
+def supervised_loss(logits, target):
+    """L_x: mean cross entropy over the labeled pixels, 0 where there is none.
+
+    logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1, or 255: ignored. -> scalar
+    """
+    total = torch.nn.functional.cross_entropy(logits.float(), target, ignore_index=255, reduction="sum")
+    return total / (target != 255).sum().clamp(min=1)
+
+
+def consistency_loss(logits, pseudo_label, confidence, tau, gamma=None, valid=None):
+    """L_u of one view: cross entropy against the teacher's labels where it is sure, a hard image counting less.
+
+        L_i = mean over all H W pixels of [confidence >= tau] CE(logits, pseudo_label);   mean over i of (1 - gamma_i) L_i
+
+    logits        float [B, C, H, W]: the student's, on the view
+    pseudo_label  int64 [B, H, W]: the teacher's argmax; 255 is ignored
+    confidence    float [B, H, W] in [0, 1]: the teacher's highest probability
+    gamma         [B], the images' hardness (of the image pasted into, for CutMix); None: every image counts fully
+    valid         bool [B, H, W]; padded pixels add nothing, and the mean still divides by H W. None: all are valid
+    -> scalar. Section "Model-adaptive supervision".
+    """
+    loss = torch.nn.functional.cross_entropy(logits.float(), pseudo_label, ignore_index=255, reduction="none")
+    sure = confidence >= tau if valid is None else (confidence >= tau) & valid
+    per_image = torch.where(sure, loss, 0).mean((1, 2))
+    return per_image.mean() if gamma is None else ((1 - gamma) * per_image).mean()
+
+
+# 7 --------------------------------------------------------------------------------------------------- mean teacher ---
+
+@torch.no_grad()
+def update_teacher(teacher, student, step, decay):
+    """theta_t <- alpha theta_t + (1 - alpha) theta_s with alpha = min(1 - 1/(step + 1), decay), in place.
+
+    teacher, student  modules of the same shape; parameters and BatchNorm's running statistics alike are averaged, integer
+                      buffers copied
+    step              optimizer steps since the teacher started; at 0 alpha is 0 and the teacher becomes the student
+    decay             in [0, 1]. ValueError if the two modules do not have the same entries.
+    """
+    alpha = min(1 - 1 / (step + 1), decay)
+    pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
+    floats = [(t, s) for t, s in pairs if t.is_floating_point()]
+    torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - alpha)
+    for t, s in pairs:
+        if not t.is_floating_point():
+            t.copy_(s)
+
+
+# 8 ----------------------------------------------------------------------------------------------- one training step ---
+
+class Learner(NamedTuple):
+    """Everything that a step changes."""
+    student: nn.Module
+    parallel: nn.Module                          # the student behind DistributedDataParallel; itself with one process
+    teacher: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
+
+
+MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # what train_step reports of a share
+
+
+def train_step(learner, batch, step, teacher_step, s, device):
+    """One step of iMAS: the whole algorithm, Figure 2 of the paper from left to right.
+
+    batch         this process's shares of the step: {number of the share: what collate_share returns}
+    step          number of the step from 0; seeds CutMix
+    teacher_step  steps since the teacher started, 0 while it is to be the student (see update_teacher)
+    Returns a list with one record a share: (step, share, the MEASURED float [5], indices [B] and gamma [B] of its images).
+    """
+    student, parallel, teacher, optimizer, schedule, scaler = learner
+    adapt = "none" if s.method == "uniform" else s.adapt     # the parts that follow hardness
+    records = []
+    for share, images in batch.items():
+        images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
+        views, targets = [normalize(images["image"])], []
+        gamma = index = torch.empty(0, device=device)
+        confident = fired = torch.zeros((), device=device)
+
+        if "weak" in images:
+            weak, strong = normalize(images["weak"]), normalize(images["strong"])             # u and A_s(u)
+            valid, index = images["valid"], images["index"]
+            # Both networks look at u.
+            student.eval()
+            with torch.no_grad(), autocast(device):
+                logits_s, logits_t = student(weak), teacher(weak)                             # [B, C, H, W]
+            student.train()
+            confidence, pseudo_label = logits_t.float().softmax(1).max(1)                     # [B, H, W]
+            # Hardness: how far they disagree about it.
+            gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)                  # [B]
+            # The intensity view: strong colours, the less of them the harder the image.
+            views += [weak] if s.weak_in_batch else []
+            views += [adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong]
+            targets += [(pseudo_label, confidence, valid)]
+            # The CutMix view: made the more often the easier the batch is; hard images are mixed with easy ones.
+            generator = torch.Generator().manual_seed(seed_of(s.seed, step, share))
+            chance = (1 - gamma).mean().cpu() if "cutmix" in adapt else 0.5                   # the host waits for the device
+            if torch.rand((), generator=generator) < chance:
+                partner = pair_hard_easy(gamma) if "cutmix" in adapt else torch.randperm(len(weak), generator=generator).to(device)
+                box = cutmix_boxes(len(weak), *weak.shape[2:], generator).to(device, non_blocking=True)
+                views += [torch.where(box.unsqueeze(1), weak[partner], weak)]
+                targets += [[torch.where(box, x[partner], x) for x in targets[0]]]
+                fired = torch.ones((), device=device)
+            confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
+
+        # The student looks at everything at once. The weak images' outputs go nowhere: they are there for BatchNorm, whose
+        # running statistics serve clean images, in the hardness above and in every evaluation.
+        sync = nullcontext() if parallel is student or share == max(batch) else parallel.no_sync()
+        with sync:                                           # gradients cross the processes once a step
+            with autocast(device):
+                logits = parallel(torch.cat(views)).split([len(view) for view in views])
+            loss_x = supervised_loss(logits[0], images["label"].long())
+            weight = gamma if "loss" in adapt else None
+            losses_u = [consistency_loss(view, pseudo_label, confidence, s.tau, weight, valid)
+                        for view, (pseudo_label, confidence, valid) in zip(reversed(logits), reversed(targets))]
+            loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
+            scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
+        measured = torch.stack([loss_x.detach(), loss_u.detach(), gamma.sum() / max(len(gamma), 1), confident, fired])
+        records.append((step, share, measured, index, gamma))
+
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad()
+    schedule.step()
+    average_running_statistics(student)
+    update_teacher(teacher, student, teacher_step, s.ema_decay)
+    return records
+
+
+def autocast(device):
+    """Mixed precision on CUDA: bfloat16 where the GPU has it, else float16. Off elsewhere."""
+    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
+    return torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
+
+
+def seed_of(*numbers):
+    """One seed for torch.Generator from several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
+
+
+@torch.no_grad()
+def average_running_statistics(student):
+    """Make BatchNorm's running statistics the mean over the processes; SyncBatchNorm has seen to it already."""
+    if world() > 1 and not any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()):
+        for buffer in (b for b in student.buffers() if b.is_floating_point()):
+            dist.all_reduce(buffer)
+            buffer /= world()
+
+
+# 9 ------------------------------------------------------------------------------------------------------ evaluation ---
+
+def confusion_matrix(prediction, target, num_classes):
+    """int64 [C, C]: how many pixels of each true class (row) are predicted as each class (column).
+
+    prediction, target: integer tensors of one shape with 0..C-1; where target is 255 the pixel is left out.
+    """
+    counted = (target != IGNORE).flatten()
+    cell = torch.where(counted, target.long().flatten() * num_classes + prediction.long().flatten(), 0)
+    count = torch.zeros(num_classes**2, dtype=torch.int64, device=target.device)
+    return count.scatter_add_(0, cell, counted.long()).view(num_classes, num_classes)
+
+
+def iou_per_class(confusion):
+    """float64 [C] on the CPU: intersection over union of each class, NaN for a class in neither truth nor prediction."""
+    confusion = confusion.cpu().double()
+    hit = confusion.diagonal()
+    return hit / (confusion.sum(0) + confusion.sum(1) - hit)                 # 0 / 0 is NaN
+
+
+@torch.no_grad()
+def evaluate(model, samples, s, device):
+    """Confusion matrix [C, C] of `model`, in eval mode, over all `samples` and all processes.
+
+    Pictures are looked at one by one and whole, each by one process, so that the number of processes changes nothing.
+    """
+    confusion, trouble = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device), None
+    mine = ValidationImages(samples[rank()::world()], s)
+    try:
+        for image, label in DataLoader(mine, num_workers=s.workers, pin_memory=device.type == "cuda"):
+            with autocast(device):
+                logits = model(normalize(image.to(device, non_blocking=True)))
+            confusion += confusion_matrix(logits.argmax(1), label.to(device, non_blocking=True), s.num_classes)
+    except UserError as error:
+        trouble = error
+    raise_together(trouble)
+    if world() > 1:
+        dist.all_reduce(confusion)
+    return confusion
+
+
+# 10 -------------------------------------------------------------------------------------------------------- the run ---
+
+def rank():
+    """Number of this process, from 0."""
+    return int(os.environ.get("RANK", 0))
+
+
+def world():
+    """Number of processes."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def gather(thing):
+    """The list of every process's `thing`."""
+    things = [thing] * world()
+    if world() > 1:
+        dist.all_gather_object(things, thing)
+    return things
+
+
+def raise_together(trouble):
+    """Raise the first UserError of any process on all of them; `trouble` is this process's, or None."""
+    for error in filter(None, gather(trouble and str(trouble))):
+        raise UserError(error)
+
+
+def set_up_device(name):
+    """The device `name`, or the best there is, ready for use; the processes are joined over it."""
+    if not name:
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        torch.empty(1, device=device)
+    except Exception as error:                   # torch has several for "no such device"
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")           # TF32 for what autocast leaves in float32
+        torch.backends.cudnn.allow_tf32 = True
+    if world() > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def build_model(s, weights=None):
+    """The network of the Settings `s`."""
+    return DeepLabV3Plus(s.num_classes, s.backbone, weights, s.output_stride, s.width)
+
+
+def build_learner(s, device, steps):
+    """Student, teacher, optimizer and its schedule over `steps` steps, on `device`."""
+    torch.manual_seed(s.seed)                                # for the first weights, the only use of the global generator
+    student = build_model(s, None if s.weights == "none" else s.weights)
+    student = student.to(device, memory_format=torch.channels_last).train()
+    if world() > 1 and device.type == "cuda":
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    parallel = student if world() == 1 else nn.parallel.DistributedDataParallel(
+        student, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    backbone = list(student.backbone.parameters())
+    head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
+    optimizer = torch.optim.SGD([{"params": backbone}, {"params": head, "lr": s.lr * s.head_lr}],
+                                s.lr, s.momentum, weight_decay=s.weight_decay, foreach=True)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
+    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and not torch.cuda.is_bf16_supported())
+    return Learner(student, parallel, teacher, optimizer, schedule, scaler)
+
+
+def save(path, content):
+    """Write `content`, text or an object for torch.save, to `path`: whole or not at all."""
+    beside = path.with_name(path.name + ".new")
+    beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
+    os.replace(beside, path)
+
+
+def save_rows(path, header, rows):
+    """Append `rows` to the CSV file `path`, which is begun with `header`."""
+    begun = path.exists()
+    with open(path, "a", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(([] if begun else [header]) + rows)
+
+
+def train(s, device):
+    """Train by the Settings `s`. What comes of it lies in the folder s.out."""
+    out = Path(s.out)
+    labeled, unlabeled, validation, note = find_data(s)
+    steps, shares = len(unlabeled) // s.batch, world() * s.accumulate        # steps an epoch, shares a step
+    total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
+    learner = build_learner(s, device, total)
+    if rank() == 0:
+        if (out / "settings.json").exists():
+            raise UserError(f"{out} holds a run already: choose another --out, or remove it")
+        out.mkdir(parents=True, exist_ok=True)
+        save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
+        print(f"{s.dataset}: {len(labeled)} labeled images ({note}: {len(unlabeled)}), {len(validation)} for validation\n"
+              f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
+              f"{s.batch // shares} + {s.batch // shares} images, on {device}, into {out}", flush=True)
+    keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, 0)
+    batches = iter(DataLoader(TrainingImages(labeled, unlabeled, s), batch_sampler=keys, collate_fn=collate_share,
+                              num_workers=s.workers, pin_memory=device.type == "cuda"))
+    records, best, begun, epoch_begun = [], -1.0, time.monotonic(), time.monotonic()
+    for step in range(total):
+        epoch, trouble, batch = step // steps, None, {}
+        try:
+            batch = {share: next(batches) for share in mine}
+        except UserError as error:
+            trouble = error
+        raise_together(trouble)
+        teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
+        rate = learner.optimizer.param_groups[0]["lr"]
+        records += train_step(learner, batch, step, teacher_step, s, device)
+        if step % LOOK_EVERY == 0 or (step + 1) % steps == 0:
+            look(records, step, total, steps, (time.monotonic() - begun) / (step + 1), s)
+        if (step + 1) % steps:
+            continue
+
+        # The end of an epoch: evaluate, write down, save.
+        scored = (epoch + 1) % s.eval_every == 0 or step + 1 == total
+        miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item() if scored else math.nan
+        records = sorted((r for part in gather([(*r[:2], *(x.cpu() for x in r[2:])) for r in records]) for r in part), key=lambda r: r[:2])
+        means = torch.stack([r[2] for r in records]).double().mean(0).tolist()
+        if rank() == 0:
+            seconds, epoch_begun = time.monotonic() - epoch_begun, time.monotonic()
+            row = {"epoch": epoch + 1, "steps": step + 1, "lr": rate} | dict(zip(MEASURED, means)) | {"miou": miou, "seconds": seconds}
+            gammas = sorted((unlabeled[i].id, g) for r in records for i, g in zip(r[3].tolist(), r[4].tolist()))
+            save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
+            save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch + 1, name, f"{g:.6f}"] for name, g in gammas])
+            tell(f"epoch {epoch + 1}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
+            content = {"settings": dataclasses.asdict(s), "epoch": epoch + 1, "miou": miou, "teacher": learner.teacher.state_dict()}
+            if miou > best:
+                best = miou
+                save(out / "best.pt", content)
+            save(out / "last.pt", content)
+        records = []
+    if rank() == 0:
+        print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes: mIoU of the teacher {miou:.2f} at the last epoch, {best:.2f} at the best\n"
+              f"{out}: log.csv, hardness.csv (each unlabeled image, each epoch), last.pt, best.pt; score again with --eval {out / 'best.pt'}")
+
+
+LOOK_EVERY = 10                                              # steps between two looks at the losses
+
+
+def look(records, step, total, steps, seconds, s):
+    """Show how the run goes; UserError if a loss is not finite."""
+    values = torch.stack([r[2] for r in records[-LOOK_EVERY * s.accumulate:]]).mean(0).tolist()
+    loss, left = values[0] + s.lambda_u * values[1], seconds * (total - step - 1)
+    if not math.isfinite(loss):
+        raise UserError(f"the loss is {loss} at step {step}: lower --lr")
+    if rank() == 0:
+        tell(f"epoch {step // steps + 1}/{s.epochs}  step {step + 1}/{total}  loss {loss:.3f}  hardness {values[2]:.2f}  "
+             f"{2 * s.batch / seconds:.1f} images/s  {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left", last=False)
+
+
+told = [-math.inf]
+
+
+def tell(line, last):
+    """Print a line of progress: over the one before on a terminal (until `last`), else at most one in half a minute."""
+    if sys.stdout.isatty():
+        print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
+    elif last or time.monotonic() - told[0] > 30:
+        print(line, flush=True)
+        told[0] = time.monotonic()
+
+
+# 11 ----------------------------------------------------------------------------------------------- the command line ---
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors told as all others are."""
+
+    def error(self, message):
+        raise UserError(f"{message}; --help lists all flags")
+
+
+def parse(argv):
+    """The command line as (Settings, the checkpoint to score or None).
+
+    A setting is the flag's value where given; else, in turn, the checkpoint's, the dataset's preset's, the field's default.
+    """
+    def on_or_off(text):
+        return {"on": True, "off": False}[text]
+
+    def class_or_none(text):
+        return None if text == "none" else int(text)
+
+    on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
+    parser = Parser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.",
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--eval", metavar="CKPT", default=None, help="score this checkpoint on the validation set, train nothing")
+    for field in dataclasses.fields(Settings):
+        kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
+        default = {True: "on", False: "off", None: "none", "": "''"}.get(field.default, field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
+                            metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
+    given = vars(parser.parse_args(argv))
+    checkpoint = given.pop("eval")
+    base = load_checkpoint(checkpoint)["settings"] if checkpoint else PRESETS.get(given.get("dataset", "demo"), {})
+    s = Settings(**base | given)
+    if not checkpoint and not s.out:
+        s.out = str(Path("runs", "-".join((Path(s.dataset).name, Path(s.labeled).stem, s.method, str(s.seed)))))
+    check_settings(s)
+    return s, checkpoint
+
+
+def load_checkpoint(path):
+    """The content of the checkpoint file `path`."""
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if {"settings", "teacher"} <= set(content) else 1 / 0
+    except FileNotFoundError:
+        raise UserError(f"there is no checkpoint {path}") from None
+    except Exception:                            # of the file's format
+        raise UserError(f"{path} is no checkpoint of imas.py") from None
+
+
+def score(s, checkpoint, device):
+    """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`."""
+    model = build_model(s).to(device, memory_format=torch.channels_last).eval()
+    model.load_state_dict(load_checkpoint(checkpoint)["teacher"])
+    confusion = evaluate(model, find_validation(s), s, device)
+    if rank() == 0:
+        for k, iou in enumerate(iou_per_class(confusion).tolist()):
+            print(f"class {k:3d}  IoU {100 * iou:6.2f}")
+        print(f"mIoU {100 * iou_per_class(confusion).nanmean():.2f}  pixel accuracy {100 * confusion.trace() / confusion.sum():.2f}")
+
+
+def main(argv=None):
+    """Do what the command line `argv` says (None: this process's own). A mistake in it ends in SystemExit(2) after one line."""
+    try:
+        s, checkpoint = parse(argv)
+        device = set_up_device(s.device)
+        if s.dataset == "demo" and not data_root(s).exists() and rank() == 0:
+            runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](data_root(s))
+        gather(None)                             # all wait for the drawing
+        score(s, checkpoint, device) if checkpoint else train(s, device)
+    except UserError as error:
+        # An error from a loader's worker comes with the worker's traceback in front; the last line is the message.
+        if rank() == 0:
+            print("imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
