@@ -23,6 +23,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -41,16 +42,17 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.transforms.functional import adjust_hue
+from torchvision.transforms.functional import adjust_hue, pil_to_tensor
 
 HERE = Path(__file__).resolve().parent
 IMAGE_ENDINGS = (".jpg", ".png", ".jpeg")
 IGNORE = 255                                     # the label of pixels that no loss and no score looks at
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)        # of ImageNet, as all torchvision weights expect
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as torchvision's weights expect
+MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 
 
 class UserError(Exception):
@@ -193,7 +195,7 @@ def find_data(s):
         if not 0 < int(s.labeled) <= len(with_mask):
             raise UserError(f"--labeled {s.labeled}: say 1 to {len(with_mask)}, as many ids of {pool_list} have a mask")
         draw = np.random.default_rng(s.seed).permutation(len(with_mask))[:int(s.labeled)]
-        labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {pool_list}"
+        labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {pool_list.name}"
     else:
         pool, labeled, note = read_ids(pool_list), read_ids(Path(s.labeled)), f"listed in {s.labeled}"
     unlabeled, validation = sorted(set(pool) - set(labeled)), find_validation(s)
@@ -204,9 +206,7 @@ def find_data(s):
         raise UserError(f"{s.labeled} holds no id")
     if len(unlabeled) < s.batch:
         raise UserError(f"{len(unlabeled)} unlabeled images are left in {pool_list}, a step takes {s.batch}: lower --labeled or --batch")
-    labeled, unlabeled = find_samples(root, labeled, True), find_samples(root, unlabeled, False)
-    check_files(labeled + unlabeled)
-    return labeled, unlabeled, validation, f"{note}; the rest of {pool_list} unlabeled"
+    return find_samples(root, labeled, True), find_samples(root, unlabeled, False), validation, note
 
 
 def find_validation(s):
@@ -215,36 +215,27 @@ def find_validation(s):
     samples = find_samples(data_root(s), read_ids(path), True)
     if not samples:
         raise UserError(f"{path} holds no id: nothing to evaluate on")
-    check_files(samples)
     return samples
 
 
 def find_samples(root, ids, with_masks):
-    """The files of `ids` in VOC's layout, as a list of Sample. They need not exist."""
-    def image(name):
+    """The files of `ids` in VOC's layout as a list of Sample; UserError that counts what is missing, unreadable or misfit."""
+    samples, faults = [], []
+    for name in ids:
         paths = [root / "JPEGImages" / (name + ending) for ending in IMAGE_ENDINGS]
-        return next(filter(Path.is_file, paths), paths[0])
-
-    return [Sample(i, image(i), root / "SegmentationClass" / f"{i}.png" if with_masks else None) for i in ids]
-
-
-def check_files(samples):
-    """Look at presence and header of every file, and at the sizes of image and mask; UserError with the faults found."""
-    faults = []
-    for sample in samples:
-        sizes = {}
-        for path in filter(None, (sample.image, sample.mask)):
+        image, mask, sizes = next(filter(Path.is_file, paths), paths[0]), root / "SegmentationClass" / (name + ".png"), []
+        samples.append(Sample(name, image, mask if with_masks else None))
+        for path in filter(None, samples[-1][1:]):
             try:
-                with Image.open(path) as picture:
-                    sizes[path] = picture.size
-            except FileNotFoundError:
-                faults.append(f"{path} is missing")
-            except Exception:                    # Pillow's decoders raise errors of many kinds
-                faults.append(f"{path} is not a picture that can be read")
-        if len(set(sizes.values())) == 2:
-            faults.append(f"{sample.mask} is {'x'.join(map(str, sizes[sample.mask]))} pixels, its image {'x'.join(map(str, sizes[sample.image]))}")
+                with Image.open(path) as picture:            # reads the header alone
+                    sizes.append("{}x{}".format(*picture.size))
+            except Exception as error:                       # Pillow raises errors of many kinds
+                faults.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is no readable picture")
+        if len(set(sizes)) == 2:
+            faults.append(f"{mask} is {sizes[1]}, its image {sizes[0]}")
     if faults:
-        raise UserError(f"{len(faults)} of the data's files are faulty: {'; '.join(faults[:10])}{'; ...' if faults[10:] else ''}")
+        raise UserError(f"{len(faults)} faults in the data: {'; '.join(faults[:10])}{'; ...' if faults[10:] else ''}")
+    return samples
 
 
 def read_image(sample):
@@ -275,10 +266,10 @@ def read_mask(sample, num_classes):
 
 
 def weak_augment(image, mask, s, rng):
-    """A_w: random scale, random crop, random flip, of a PIL image and, where it is not None, its mask.
+    """A_w: random scale, crop and flip of a PIL image and its mask. The results are at most crop x crop.
 
-    Draws scale and window first and then resamples the window alone: what resize-then-crop gives, up to one grey level,
-    at a fraction of the time. The result is at most crop x crop; a picture smaller than that is padded later.
+    Draws scale and window first and resamples the window alone: what resize-then-crop gives, up to the rounding of single
+    grey levels, in a fraction of the time.
     """
     factor = rng.uniform(s.min_scale, s.max_scale) * (s.base_size / max(image.size) if s.base_size else 1)
     width, height = (max(1, round(side * factor)) for side in image.size)               # of the scaled picture
@@ -286,12 +277,9 @@ def weak_augment(image, mask, s, rng):
     x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     (sx, sy), flip = (image.width / width, image.height / height), rng.random() < 0.5
     box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
-
-    def resample(picture, method):
-        picture = picture.resize((w, h), method, box=box)
-        return ImageOps.mirror(picture) if flip else picture
-
-    return resample(image, Image.Resampling.BILINEAR), mask and resample(mask, Image.Resampling.NEAREST)
+    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
+    mask = mask.resize((w, h), Image.Resampling.NEAREST, box=box)
+    return (ImageOps.mirror(image), ImageOps.mirror(mask)) if flip else (image, mask)
 
 
 STRONG = (  # A_s: an operation on an image and a magnitude, and the range from which the magnitude is drawn
@@ -320,42 +308,42 @@ def strong_augment(image, rng):
 LABELED, UNLABELED = 1, 2                                    # streams of random numbers
 
 
-class TrainingImages:
-    """Augmented training images. An item's key says all that it depends on: (stream, epoch, position, index).
+class TrainingShares:
+    """The training images as shares of batches: an item is a share, and its key a list with one key an image.
 
-    Its draws come from a generator seeded by (seed, epoch, stream, position), so that neither the number of workers nor
-    a stop in the middle changes a pixel. Pixels stay uint8; the device normalizes them.
+    An image's key, (stream, epoch, position, index), says all that it depends on: its draws come from a generator seeded
+    by (seed, epoch, stream, position), so that neither the number of workers nor a stop in between changes a pixel.
     """
 
     def __init__(self, labeled, unlabeled, s):
         self.samples, self.s = {LABELED: labeled, UNLABELED: unlabeled}, s
 
-    def __getitem__(self, key):
-        """labeled: image [3, crop, crop] and label [crop, crop]; unlabeled: weak, strong [3, ...], valid [...] and its index."""
-        stream, epoch, position, index = key
-        sample, s = self.samples[stream][index], self.s
-        rng = np.random.default_rng((s.seed, epoch, stream, position))
+    def __getitem__(self, keys):
+        """A dict of stacked tensors, H = W = crop: image uint8 [B, 3, H, W], label uint8 [B, H, W] of the labeled; weak and
+        strong uint8 [B, 3, H, W], valid bool [B, H, W] (False: padding), index int64 [B] of the unlabeled, if any."""
+        images = [self.load(*key) for key in keys]
+        return {name: torch.stack([i[name] for i in images if name in i]) for name in images[0] | images[-1]}
+
+    def load(self, stream, epoch, position, index):
+        """The tensors of one image. Pixels stay uint8 until they are on the device."""
+        sample, s, rng = self.samples[stream][index], self.s, np.random.default_rng((self.s.seed, epoch, stream, position))
         image = read_image(sample)
-        mask = read_mask(sample, s.num_classes) if stream == LABELED else None
+        mask = read_mask(sample, s.num_classes) if stream == LABELED else Image.new("L", image.size)
         weak, mask = weak_augment(image, mask, s, rng)
 
-        def pad(picture, fill):                              # on the right and at the bottom
-            array = np.empty((s.crop, s.crop) + np.shape(fill), np.uint8)
-            array[:] = fill
-            array[:picture.height, :picture.width] = picture
-            return torch.from_numpy(array)
+        def pad(picture, fill):                              # at the right and at the bottom
+            border = (0, 0, s.crop - picture.width, s.crop - picture.height)
+            return pil_to_tensor(ImageOps.expand(picture, border, fill))
 
-        mean = [round(255 * m) for m in MEAN]
+        image, label = pad(weak, MEAN_COLOUR), pad(mask, IGNORE)[0]
         if stream == LABELED:
-            return {"image": pad(weak, mean).permute(2, 0, 1), "label": pad(mask, IGNORE)}
-        valid = torch.zeros(s.crop, s.crop, dtype=torch.bool)
-        valid[:weak.height, :weak.width] = True
-        return {"weak": pad(weak, mean).permute(2, 0, 1), "strong": pad(strong_augment(weak, rng), mean).permute(2, 0, 1),
-                "valid": valid, "index": index}
+            return {"image": image, "label": label}
+        strong = pad(strong_augment(weak, rng), MEAN_COLOUR)
+        return {"weak": image, "strong": strong, "valid": label != IGNORE, "index": torch.tensor(index)}
 
 
 def share_keys(s, n_labeled, n_unlabeled, shares, mine, step):
-    """Yield the keys of TrainingImages for each of the shares numbered `mine` of step `step`, step + 1, ... to the end.
+    """Yield the keys of TrainingShares for each of the shares numbered `mine` of step `step`, step + 1, ... to the end.
 
     An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
     ones come in random order again and again. `shares` is the number of shares in a step.
@@ -379,24 +367,9 @@ def without_unlabeled(s, epoch):
     return s.method == "supervised" or epoch < s.warmup_epochs
 
 
-def collate_share(items):
-    """One share as a dict of tensors, from its labeled and unlabeled items."""
-    groups = [[i for i in items if "image" in i], [i for i in items if "weak" in i]]
-    return {key: value for group in groups if group for key, value in default_collate(group).items()}
-
-
-class ValidationImages:
-    """Whole pictures with their masks: image uint8 [3, H, W], label uint8 [H, W]."""
-
-    def __init__(self, samples, s):
-        self.samples, self.s = samples, s
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, i):
-        image, mask = read_image(self.samples[i]), read_mask(self.samples[i], self.s.num_classes)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), torch.from_numpy(np.array(mask))
+def load_whole(sample, num_classes):
+    """A whole picture, uint8 [1, 3, H, W], and its mask, uint8 [1, H, W]."""
+    return pil_to_tensor(read_image(sample))[None], pil_to_tensor(read_mask(sample, num_classes))
 
 
 def normalize(images):
@@ -639,7 +612,7 @@ MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # w
 def train_step(learner, batch, step, teacher_step, s, device):
     """One step of iMAS: the whole algorithm, Figure 2 of the paper from left to right.
 
-    batch         this process's shares of the step: {number of the share: what collate_share returns}
+    batch         this process's shares of the step: {number of the share: item of TrainingShares}
     step          number of the step from 0; seeds CutMix
     teacher_step  steps since the teacher started, 0 while it is to be the student (see update_teacher)
     Returns a list with one record a share: (step, share, the MEASURED float [5], indices [B] and gamma [B] of its images).
@@ -750,9 +723,10 @@ def evaluate(model, samples, s, device):
     Pictures are looked at one by one and whole, each by one process, so that the number of processes changes nothing.
     """
     confusion, trouble = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device), None
-    mine = ValidationImages(samples[rank()::world()], s)
+    load = functools.partial(load_whole, num_classes=s.num_classes)
     try:
-        for image, label in DataLoader(mine, num_workers=s.workers, pin_memory=device.type == "cuda"):
+        for image, label in DataLoader(samples[rank()::world()], batch_size=None, collate_fn=load, num_workers=s.workers,
+                                       pin_memory=device.type == "cuda"):
             with autocast(device):
                 logits = model(normalize(image.to(device, non_blocking=True)))
             confusion += confusion_matrix(logits.argmax(1), label.to(device, non_blocking=True), s.num_classes)
@@ -854,17 +828,17 @@ def train(s, device):
     steps, shares = len(unlabeled) // s.batch, world() * s.accumulate        # steps an epoch, shares a step
     total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
     learner = build_learner(s, device, total)
+    if gather((out / "settings.json").exists())[0]:
+        raise UserError(f"{out} holds a run already: choose another --out, or remove it")
     if rank() == 0:
-        if (out / "settings.json").exists():
-            raise UserError(f"{out} holds a run already: choose another --out, or remove it")
         out.mkdir(parents=True, exist_ok=True)
         save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
-        print(f"{s.dataset}: {len(labeled)} labeled images ({note}: {len(unlabeled)}), {len(validation)} for validation\n"
+        print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
               f"{s.batch // shares} + {s.batch // shares} images, on {device}, into {out}", flush=True)
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, 0)
-    batches = iter(DataLoader(TrainingImages(labeled, unlabeled, s), batch_sampler=keys, collate_fn=collate_share,
-                              num_workers=s.workers, pin_memory=device.type == "cuda"))
+    batches = iter(DataLoader(TrainingShares(labeled, unlabeled, s), batch_size=None, sampler=keys, num_workers=s.workers,
+                              pin_memory=device.type == "cuda"))
     records, best, begun, epoch_begun = [], -1.0, time.monotonic(), time.monotonic()
     for step in range(total):
         epoch, trouble, batch = step // steps, None, {}

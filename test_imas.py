@@ -1,0 +1,590 @@
+"""Tests of imas.py: each formula against a loop written from its definition, each run against a second way to the same end.
+
+    pytest test_imas.py
+"""
+
+import ast
+import csv
+import dataclasses
+import hashlib
+import inspect
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import imas
+
+HERE = Path(__file__).resolve().parent
+PREPARE = HERE / "data" / "prepare.py"
+
+
+# Formulas against loops ------------------------------------------------------------------------------------------------
+
+def softmax(logits):
+    e = np.exp(logits - logits.max(0))
+    return e / e.sum(0)
+
+
+def hardness_by_loops(student, teacher, tau, background, valid):
+    """The paper's formula for one image [C, H, W], pixel by pixel and class by class."""
+    C, H, W = student.shape
+    pixels = [(y, x) for y in range(H) for x in range(W) if valid[y, x]]
+    if not pixels:
+        return 1.0
+    p_s, p_t = softmax(student), softmax(teacher)
+
+    def rho(p):
+        return sum(p[:, y, x].max() >= tau for y, x in pixels) / len(pixels)
+
+    def weighted_iou(r):
+        classes = [k for k in range(C) if k != background]
+        predicted = {k: sum(r[:, y, x].argmax() == k for y, x in pixels) for k in classes}
+        total = 0.0
+        for k in classes:
+            in_s = {(y, x) for y, x in pixels if p_s[:, y, x].argmax() == k}
+            in_t = {(y, x) for y, x in pixels if p_t[:, y, x].argmax() == k}
+            if in_s | in_t:
+                total += predicted[k] * len(in_s & in_t) / len(in_s | in_t)
+        return total / sum(predicted.values()) if sum(predicted.values()) else 0.0
+
+    return 1 - 0.5 * (rho(p_s) * weighted_iou(p_s) + rho(p_t) * weighted_iou(p_t))
+
+
+@pytest.mark.parametrize("classes, background", [(2, 0), (2, None), (6, 0), (6, 3), (21, 0), (40, None)])
+def test_hardness_is_the_papers_formula(classes, background):
+    rng = np.random.default_rng(classes)
+    teacher = rng.normal(size=(7, classes, 9, 7)) * 4
+    student = teacher + rng.normal(size=teacher.shape) * np.array([0, 0.5, 1, 2, 4, 8, 16]).reshape(7, 1, 1, 1)
+    valid = rng.random((7, 9, 7)) < np.array([1, 1, 1, 0.5, 0.3, 0.1, 0.02]).reshape(7, 1, 1)
+    for tau in (0.0, 0.7, 0.95, 0.999):
+        gamma = imas.hardness(torch.tensor(student).float(), torch.tensor(teacher).float(), tau, background, torch.tensor(valid))
+        expected = [hardness_by_loops(*one, tau, background, v) for *one, v in zip(student, teacher, valid)]
+        assert gamma.shape == (7,) and gamma.dtype == torch.float32
+        np.testing.assert_allclose(gamma, expected, atol=1e-6)
+
+
+def sure(labels, classes):
+    """Logits [1, C, H, W] that are certain of `labels`."""
+    return 100.0 * torch.nn.functional.one_hot(torch.tensor(labels), classes).permute(2, 0, 1)[None].float()
+
+
+def test_hardness_in_the_corners():
+    background, mixed = [[0, 0], [0, 0]], [[0, 1], [2, 2]]
+    assert imas.hardness(sure(background, 3), sure(background, 3), 0.9, background=0) == 1        # no class to agree about
+    assert imas.hardness(sure(background, 3), sure(background, 3), 0.9) == 0                      # background is a class here
+    assert imas.hardness(sure(mixed, 3), sure(mixed, 3), 0.9, background=0) == 0                  # the same, and sure of it
+    assert imas.hardness(sure(mixed, 3) / 1e4, sure(mixed, 3) / 1e4, 0.9, background=0) == 1      # the same, all under tau
+    assert imas.hardness(sure(mixed, 3), sure(background, 3), 0.9, background=0) == 1             # classes in one map alone
+    nothing = torch.zeros(1, 2, 2, dtype=torch.bool)
+    assert imas.hardness(sure(mixed, 3), sure(mixed, 3), 0.9, 0, nothing) == 1                    # all padded
+    # Teacher 1 1 2 2, student 1 2 2 2: IoU_1 = 1/2, IoU_2 = 2/3; weighed 1/4, 3/4 by the student, 1/2, 1/2 by the teacher.
+    gamma = imas.hardness(sure([[1, 2], [2, 2]], 3), sure([[1, 1], [2, 2]], 3), 0.9, background=0)
+    assert gamma.item() == pytest.approx(1 - (1 / 8 + 1 / 2 + 1 / 4 + 1 / 3) / 2)
+
+
+def test_adapt_intensity_mixes_image_by_image():
+    weak, strong, gamma = torch.randn(5, 3, 4, 6), torch.randn(5, 3, 4, 6), torch.tensor([0, 0.25, 0.5, 0.9, 1])
+    mixed = imas.adapt_intensity(weak, strong, gamma)
+    for b in range(5):
+        g = gamma[b].item()
+        assert torch.allclose(mixed[b], (1 - g) * strong[b] + g * weak[b], atol=1e-6)
+    assert torch.equal(mixed[0], strong[0]) and torch.equal(mixed[4], weak[4])
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 15])
+def test_pairs_are_hardest_with_easiest(size):
+    gamma = torch.from_numpy(np.random.default_rng(size).permutation(size) / size)
+    easy_to_hard = sorted(range(size), key=lambda i: gamma[i])
+    partner = imas.pair_hard_easy(gamma).tolist()
+    for k, i in enumerate(easy_to_hard):
+        assert partner[i] == easy_to_hard[size - 1 - k]
+
+
+def test_pairs_of_equal_images_keep_their_order():
+    assert imas.pair_hard_easy(torch.full((5,), 0.5)).tolist() == [4, 3, 2, 1, 0]
+    partner = imas.pair_hard_easy(torch.tensor([1, 0.5, 1, 0.5, 0.5, 1.0]))
+    assert partner.tolist() == [4, 5, 3, 2, 0, 1]           # from easy to hard: 1 3 4 0 2 5
+
+
+def test_cutmix_boxes_by_their_definition():
+    height, width, clipped = 48, 80, 0
+    for seed in range(40):
+        boxes = imas.cutmix_boxes(6, height, width, torch.Generator().manual_seed(seed))
+        draws = torch.Generator().manual_seed(seed)          # the same draws: size, then rows, then columns of the centres
+        v = torch.empty(()).uniform_(0.1, 0.9, generator=draws).item()
+        rows = torch.randint(3, height, (6, 1), generator=draws).flatten().tolist()
+        columns = torch.randint(5, width, (6, 1), generator=draws).flatten().tolist()
+        assert boxes.shape == (6, height, width) and boxes.dtype == torch.bool and 0.1 <= v <= 0.9
+        half_h, half_w = int(v * height) // 2, int(v * width) // 2
+        for b in range(6):
+            expected = torch.zeros(height, width, dtype=torch.bool)
+            for y in range(rows[b] - half_h, rows[b] + half_h):
+                for x in range(columns[b] - half_w, columns[b] + half_w):
+                    if 0 <= y < height and 0 <= x < width:
+                        expected[y, x] = True
+            assert torch.equal(boxes[b], expected)
+            clipped += expected.sum().item() < 4 * half_h * half_w
+    assert clipped > 50                                      # many boxes did cross the border
+
+
+def cross_entropy_by_loops(logits, label):
+    return -np.log(softmax(logits.double().numpy())[label])
+
+
+def test_supervised_loss_is_the_mean_over_labeled_pixels():
+    generator = torch.Generator().manual_seed(0)
+    logits, target = torch.randn(2, 4, 3, 5, generator=generator), torch.randint(4, (2, 3, 5), generator=generator)
+    target[0, :2], target[1, 2, 3] = 255, 255
+    losses = [cross_entropy_by_loops(logits[b, :, y, x], target[b, y, x])
+              for b in range(2) for y in range(3) for x in range(5) if target[b, y, x] != 255]
+    assert imas.supervised_loss(logits, target).item() == pytest.approx(np.mean(losses), rel=1e-6)
+
+
+def test_supervised_loss_of_nothing_is_zero():
+    logits = torch.randn(2, 4, 3, 5, requires_grad=True)
+    loss = imas.supervised_loss(logits, torch.full((2, 3, 5), 255))
+    loss.backward()
+    assert loss == 0 and torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+@pytest.mark.parametrize("classes", [2, 21])
+def test_consistency_loss_is_its_formula(classes):
+    generator = torch.Generator().manual_seed(classes)
+    B, H, W, tau = 4, 5, 6, 0.6
+    logits, label = torch.randn(B, classes, H, W, generator=generator), torch.randint(classes, (B, H, W), generator=generator)
+    confidence, gamma = torch.rand(B, H, W, generator=generator), torch.rand(B, generator=generator)
+    confidence[0], confidence[1, 0, 0] = 0.1, tau            # an image without a confident pixel; a pixel right at tau
+    valid = torch.rand(B, H, W, generator=generator) < 0.7
+    valid[2], label[3, 1, 1] = False, 255
+    for g, v in ((gamma, valid), (None, valid), (gamma, None), (None, None)):
+        expected = 0.0
+        for b in range(B):
+            total = 0.0
+            for y in range(H):
+                for x in range(W):
+                    if confidence[b, y, x] >= tau and (v is None or v[b, y, x]) and label[b, y, x] != 255:
+                        total += cross_entropy_by_loops(logits[b, :, y, x], label[b, y, x])
+            expected += (1 if g is None else 1 - g[b].item()) * total / (H * W) / B
+        assert imas.consistency_loss(logits, label, confidence, tau, g, v).item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_teacher_follows_the_student():
+    def network(seed):
+        torch.manual_seed(seed)
+        net = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 1), torch.nn.BatchNorm2d(3))
+        net(torch.randn(4, 2, 3, 3) * (seed + 1))            # moves the running statistics
+        return net
+
+    for step, alpha in ((0, 0.0), (1, 0.5), (9, 0.9), (10**6, 0.996)):
+        teacher, student = network(0), network(1)
+        student(torch.randn(4, 2, 3, 3))
+        before = {name: value.clone() for name, value in teacher.state_dict().items()}
+        imas.update_teacher(teacher, student, step, 0.996)
+        for name, value in teacher.state_dict().items():
+            other = student.state_dict()[name]
+            if name.endswith("num_batches_tracked"):
+                assert value == other == 2
+            else:
+                assert torch.allclose(value, alpha * before[name] + (1 - alpha) * other, atol=1e-6), name
+                assert step or torch.equal(value, other)     # alpha 0: the very student
+    with pytest.raises(ValueError):
+        imas.update_teacher(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2, bias=False), 0, 0.9)
+
+
+def test_each_function_of_the_method_stands_alone():
+    """Its source, pasted into a file that imports torch and nothing else, gives what it gives here."""
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (3 * torch.randn(4, 5, 8, 8, generator=generator) for _ in range(2))
+    label, valid = teacher.argmax(1), torch.rand(4, 8, 8, generator=generator) < 0.9
+    confidence, gamma = teacher.softmax(1).amax(1), torch.rand(4, generator=generator)
+    calls = {
+        "hardness": (student, teacher, 0.5, 0, valid),
+        "adapt_intensity": (torch.ones(4, 3, 8, 8), torch.zeros(4, 3, 8, 8), gamma),
+        "pair_hard_easy": (gamma,),
+        "cutmix_boxes": (4, 8, 8, torch.Generator().manual_seed(1)),
+        "supervised_loss": (student, label),
+        "consistency_loss": (student, label, confidence, 0.5, gamma, valid),
+        "update_teacher": (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), 3, 0.9),
+    }
+    source, names = (HERE / "imas.py").read_text(), []
+    for node in ast.parse(source).body:                      # every function of sections 4 to 7 is in the table above
+        if isinstance(node, ast.FunctionDef) and "\n# 4 -" in (above := source[:source.index(f"\ndef {node.name}(")]) and "\n# 8 -" not in above:
+            names.append(node.name)
+    assert names == list(calls)
+    for name, arguments in calls.items():
+        alone = {"torch": torch}
+        exec(inspect.getsource(getattr(imas, name)), alone)
+        results = []
+        for function in (alone[name], getattr(imas, name)):
+            if name == "cutmix_boxes":
+                arguments[-1].manual_seed(1)
+            results.append(function(*arguments))
+        assert results[0] is results[1] is None or torch.equal(*results), name
+
+
+def test_confusion_and_iou_count_pixels():
+    rng = np.random.default_rng(0)
+    prediction, target = rng.integers(4, size=(2, 9, 9)), rng.integers(5, size=(2, 9, 9))
+    prediction[prediction == 2], target[target == 4] = 0, 255        # class 2: never predicted
+    target[target == 3], prediction[prediction == 3] = 1, 1          # class 3: in neither
+    confusion = imas.confusion_matrix(torch.tensor(prediction), torch.tensor(target, dtype=torch.uint8), 4)
+    for t in range(4):
+        for p in range(4):
+            assert confusion[t, p] == ((target == t) & (prediction == p)).sum()
+    iou = imas.iou_per_class(confusion)
+    counted = target != 255
+    for k in range(3):
+        both, either = (counted & (target == k) & (prediction == k)).sum(), (counted & ((target == k) | (prediction == k))).sum()
+        assert iou[k].item() == pytest.approx(both / either)
+    assert iou[2] == 0 and iou[3].isnan()
+
+
+# Network, augmentation, order of the images ------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("backbone", ["resnet8", "resnet18", "resnet50"])
+@pytest.mark.parametrize("output_stride", [8, 16])
+def test_network_keeps_size_and_stride(backbone, output_stride):
+    net = imas.DeepLabV3Plus(5, backbone, output_stride=output_stride, width=16).eval()
+    deepest = []
+    net.aspp.register_forward_hook(lambda module, inputs, output: deepest.append(output.shape[-2:]))
+    assert net(torch.randn(1, 3, 70, 97)).shape == (1, 5, 70, 97)
+    assert deepest == [(-(-70 // output_stride), -(-97 // output_stride))]
+    rates = [[m.dilation[0] for m in block.modules() if isinstance(m, torch.nn.Conv2d) and m.kernel_size == (3, 3)]
+             for block in net.backbone.layer4.children()]
+    if backbone != "resnet8":
+        assert [set(r) for r in rates] == [{32 // output_stride * times} for times in (1, 2, 4)[:len(rates)]]
+    if backbone != "resnet8":                                # the backbone is torchvision's, less its last layer
+        plain = getattr(imas.torchvision.models, backbone)()
+        count = sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in plain.fc.parameters())
+        assert sum(p.numel() for p in net.backbone.parameters()) == count
+
+
+def settings(**changes):
+    return imas.Settings(**imas.PRESETS["demo"] | changes)
+
+
+def test_weak_augmentation_is_resize_then_crop():
+    rng = np.random.default_rng(0)
+    smooth = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8)).resize((120, 90), Image.Resampling.BICUBIC)
+    classes = Image.fromarray(rng.integers(0, 5, (90, 120), dtype=np.uint8))
+    for seed in range(30):
+        s, draws = settings(crop=50, base_size=130), np.random.default_rng(seed)
+        image, mask = imas.weak_augment(smooth, classes, s, np.random.default_rng(seed))
+        factor = draws.uniform(0.5, 2) * 130 / 120           # the same draws, the straightforward way
+        size = round(120 * factor), round(90 * factor)
+        w, h = min(50, size[0]), min(50, size[1])
+        x, y = draws.integers(size[0] - w + 1), draws.integers(size[1] - h + 1)
+        window, flip = (x, y, x + w, y + h), draws.random() < 0.5
+        expected = [p.resize(size, method).crop(window) for p, method in ((smooth, Image.Resampling.BILINEAR), (classes, Image.Resampling.NEAREST))]
+        if flip:
+            expected = [p.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for p in expected]
+        assert image.size == mask.size == (w, h)
+        # Pillow resamples rows, rounds, resamples columns, rounds again: each rounding may fall to the other side.
+        difference = np.abs(np.asarray(image, int) - np.asarray(expected[0], int))
+        assert difference.max() <= 2 and (difference > 1).mean() < 1e-3
+        columns, lines = (x + np.arange(w) + 0.5) * 120 / size[0], (y + np.arange(h) + 0.5) * 90 / size[1]
+        if flip:
+            columns = columns[::-1]
+        same = np.asarray(mask) == np.asarray(expected[1])   # the nearest pixel is not unique where a centre falls on an edge
+        assert same[np.abs(lines - lines.round()) > 1e-6][:, np.abs(columns - columns.round()) > 1e-6].all() and same.mean() > 0.9
+
+
+def test_strong_augmentation_moves_nothing_and_reaches_all_operations():
+    image = Image.fromarray(np.random.default_rng(0).integers(40, 210, (20, 30, 3), dtype=np.uint8))
+    seen = set()
+    for operation, low, high in imas.STRONG:
+        for m in np.linspace(low, high, 5, endpoint=False):
+            result = operation(image, float(m))
+            assert result.size == image.size and result.mode == "RGB"
+        seen.add(result.tobytes())
+    assert len(seen) == len(imas.STRONG) == 12               # each does something else
+    flat = Image.new("RGB", (8, 8), (200, 30, 90))           # a flat image stays flat: no pixel's colour depends on its place
+    for seed in range(100):
+        assert len(imas.strong_augment(flat, np.random.default_rng(seed)).getcolors()) == 1
+
+
+def test_epoch_shows_each_unlabeled_image_once_however_it_is_shared():
+    s = settings(batch=4, epochs=3, warmup_epochs=1)
+    whole = list(imas.share_keys(s, 3, 22, 2, range(2), 0))  # 5 steps an epoch of 2 shares; 2 images left over
+    assert len(whole) == 3 * 5 * 2
+    for epoch in range(3):
+        keys = [key for share in whole[epoch * 10:epoch * 10 + 10] for key in share]
+        unlabeled = [k for k in keys if k[0] == imas.UNLABELED]
+        labeled = [k for k in keys if k[0] == imas.LABELED]
+        assert all(k[1] == epoch for k in keys) and len(set(k[:3] for k in keys)) == len(keys)
+        assert len({k[3] for k in unlabeled}) == len(unlabeled) == (0 if epoch == 0 else 20)
+        assert len(labeled) == (40 if epoch == 0 else 20)    # the warm-up takes twice as many
+        assert {sum(k[3] == i for k in labeled) for i in range(3)} <= ({13, 14} if epoch == 0 else {6, 7})
+    for process in range(2):                                 # two processes with one share each
+        assert list(imas.share_keys(s, 3, 22, 2, [process], 0)) == whole[process::2]
+    assert list(imas.share_keys(s, 3, 22, 2, range(2), 7)) == whole[14:]         # from a step on
+
+
+# Runs --------------------------------------------------------------------------------------------------------------------
+
+def draw_voc(root, train=12, val=5, masks=6):
+    """A tiny dataset in VOC 2012's layout: palette masks with borders of 255, all sizes, `masks` training images with masks."""
+    rng = np.random.default_rng(0)
+    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation", "Annotations"):
+        (root / folder).mkdir(parents=True)
+    names = [f"2007_{i:06d}" for i in range(train - 2)] + ["cat and dog.v2", "städte/x"][:train] + [f"val_{i}" for i in range(val)]
+    for i, name in enumerate(names):
+        height, width = rng.integers(20, 70, 2)
+        image = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        mask = np.zeros((height, width), np.uint8)
+        mask[5:15, 4:17], mask[6:14, 5:16] = 255, 1 + i % 20
+        for folder in ("JPEGImages", "SegmentationClass"):
+            (root / folder / name).parent.mkdir(exist_ok=True)
+        Image.fromarray(image).save(root / "JPEGImages" / f"{name}.jpg")
+        if i < masks or i >= train:
+            mask = Image.fromarray(mask)
+            mask.putpalette(np.random.default_rng(1).integers(0, 256, 768, dtype=np.uint8).tolist())
+            mask.save(root / "SegmentationClass" / f"{name}.png")
+    for split, ids in (("train", names[:masks]), ("train_aug", names[:train]), ("val", names[train:])):
+        (root / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n")
+    return root
+
+
+@pytest.fixture
+def voc(tmp_path):
+    return draw_voc(tmp_path / "voc")
+
+
+SMALL = ("--backbone resnet8 --weights none --width 8 --crop 33 --base-size 50 --batch 4 --epochs 2 --warmup-epochs 0 --workers 0 "
+         "--tau 0.2 --device cpu").split()
+
+
+def rows(path):
+    """The rows of a CSV file, times aside."""
+    with open(path) as file:
+        return [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
+
+
+def launch(arguments, processes=1, script=HERE / "imas.py", **more):
+    """Run a script in processes of its own, one thread each."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, str(script), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, **more)
+
+
+def test_voc_layout_trains_and_scores(voc, tmp_path, capsys):
+    out = tmp_path / "run"
+    imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(out), *SMALL])
+    told = capsys.readouterr().out
+    assert "4 labeled images (drawn with seed 0 from the 6 with a mask in train_aug.txt)" in told and "8 unlabeled, 5 for validation" in told
+    log, hard = rows(out / "log.csv"), rows(out / "hardness.csv")
+    assert [row["epoch"] for row in log] == ["1", "2"] and len(hard) == 2 * 8
+    assert json.loads((out / "settings.json").read_text())["num_classes"] == 21
+    for epoch in ("1", "2"):                                 # log.csv's hardness is the mean of hardness.csv's
+        gammas = [float(row["hardness"]) for row in hard if row["epoch"] == epoch]
+        assert all(0 <= g <= 1 for g in gammas)
+        assert np.mean(gammas) == pytest.approx(float(log[int(epoch) - 1]["hardness"]), abs=1e-5)
+    imas.main(["--eval", str(out / "last.pt"), "--device", "cpu"])
+    assert f"mIoU {float(log[-1]['miou']):.2f}" in capsys.readouterr().out
+    assert set(torch.load(out / "best.pt", weights_only=True)) >= {"settings", "teacher"}
+
+
+def test_lists_may_hold_ids_or_paths(voc):
+    s = settings(root=str(voc), batch=2, num_classes=21, labeled="4")
+    plain = imas.find_data(s)
+    for pattern in ("JPEGImages/{0}.jpg SegmentationClass/{0}.png", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "JPEGImages/{0}.jpg", "{0}.png"):
+        for path in (voc / "ImageSets/Segmentation").iterdir():
+            ids = [i for i in imas.read_ids(path) if " " not in i]
+            path.write_text("".join(pattern.format(i) + "\n" for i in ids))
+        found = imas.find_data(s)
+        assert [sorted(x for x in part if " " not in x.id) for part in plain[:3]] == [sorted(part) for part in found[:3]]
+
+
+def test_published_partition_is_taken_where_it_is_there(voc):
+    partition = voc / "splits" / "3"
+    partition.mkdir(parents=True)
+    ids = imas.read_ids(voc / "ImageSets/Segmentation/train_aug.txt")
+    (partition / "labeled.txt").write_text("\n".join(ids[1:4]))
+    (partition / "unlabeled.txt").write_text("\n".join(ids[4:10]))
+    labeled, unlabeled, _, note = imas.find_data(settings(root=str(voc), batch=2, num_classes=21, labeled="3"))
+    assert [x.id for x in labeled] == ids[1:4] and [x.id for x in unlabeled] == sorted(ids[4:10])
+    assert str(partition) in note and all(x.mask is None for x in unlabeled)
+    drawn = [imas.find_data(settings(root=str(voc), batch=2, num_classes=21, labeled="4", seed=seed))[0] for seed in (0, 0, 1)]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_same_command_gives_the_same_lineswhatever_the_workers(voc, tmp_path):
+    logs = []
+    for name, workers in (("a", 0), ("b", 0), ("c", 2)):
+        imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, "--workers", str(workers)])
+        logs.append((rows(tmp_path / name / "log.csv"), rows(tmp_path / name / "hardness.csv"),
+                     torch.load(tmp_path / name / "last.pt")["teacher"]))
+    for log in logs[1:]:
+        assert log[:2] == logs[0][:2]
+        assert all(torch.equal(a, b) for a, b in zip(log[2].values(), logs[0][2].values()))
+
+
+@pytest.mark.parametrize("flags", [["--method", "uniform"], ["--method", "supervised"], ["--adapt", "none"], ["--adapt", "loss,cutmix"],
+                                   ["--weak-in-batch", "off"], ["--accumulate", "2"], ["--warmup-epochs", "1"], ["--background", "none"]])
+def test_ablations_run(voc, tmp_path, flags):
+    imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, *flags])
+    log = rows(tmp_path / "run" / "log.csv")
+    assert len(log) == 2 and all(np.isfinite(float(v)) for row in log for v in row.values())
+    assert (float(log[0]["hardness"]) == 0) == (flags[-1] in ("supervised", "1"))            # no unlabeled image was looked at
+
+
+def test_uniform_is_imas_that_adapts_nothing(voc, tmp_path):
+    for name, flags in (("a", ["--method", "uniform"]), ("b", ["--adapt", "none"])):
+        imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, *flags])
+    assert rows(tmp_path / "a" / "log.csv") == rows(tmp_path / "b" / "log.csv")
+
+
+TWO_WAYS = """
+import sys, torch, imas
+torch.nn.BatchNorm2d.train = lambda self, mode=True: self            # BatchNorm frozen
+device = imas.set_up_device("cpu")
+s = imas.Settings(**imas.PRESETS["demo"] | dict(dataset="voc", root=sys.argv[1], labeled="4", num_classes=21, crop=33, base_size=50, batch=4,
+                                               width=8, tau=0.05, lambda_u=3.0, accumulate=2 // imas.world()))
+labeled, unlabeled, validation, _ = imas.find_data(s)
+learner = imas.build_learner(s, device, 10)
+for net in (learner.student, learner.teacher):
+    for m in net.modules():
+        if isinstance(m, torch.nn.BatchNorm2d):
+            m.training = False
+torch.manual_seed(1)
+for p in learner.teacher.parameters():                               # a teacher of its own, so that hardness says something
+    p.add_(0.02 * torch.randn_like(p))
+mine = range(imas.rank() * s.accumulate, (imas.rank() + 1) * s.accumulate)
+keys = list(imas.share_keys(s, len(labeled), len(unlabeled), 2, mine, 0))
+shares = imas.TrainingShares(labeled, unlabeled, s)
+gradients = []
+learner.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in learner.student.parameters()]))
+batch = {share: shares[keys[i]] for i, share in enumerate(mine)}
+records = imas.train_step(learner, batch, 0, 0, s, device)
+confusion = imas.evaluate(learner.teacher, validation, s, device)
+seen = sorted(sum(imas.gather([(r[1], r[2].tolist(), r[3].tolist(), r[4].tolist(), {k: v for k, v in batch[r[1]].items()}) for r in records]), []), key=lambda r: r[0])
+if imas.rank() == 0:
+    torch.save({"gradients": gradients[0], "seen": seen, "confusion": confusion}, sys.argv[2])
+"""
+
+
+def test_two_processes_do_what_two_shares_do(voc, tmp_path):
+    """The same images, the same draws, the same hardness to the bit; gradients to 1e-5; the same confusion matrix."""
+    (tmp_path / "two_ways.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + TWO_WAYS)
+    results = []
+    for processes in (1, 2):
+        done = launch([voc, tmp_path / f"{processes}.pt"], processes, tmp_path / "two_ways.py")
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(tmp_path / f"{processes}.pt"))
+    one, two = results
+    assert torch.equal(one["confusion"], two["confusion"]) and one["confusion"].sum() > 0
+    for a, b in zip(one["seen"], two["seen"], strict=True):
+        assert a[0] == b[0] and a[2:4] == b[2:4] and a[1] == pytest.approx(b[1], rel=1e-5)
+        assert all(torch.equal(a[4][name], b[4][name]) for name in a[4])
+    largest = max(g.abs().max() for g in one["gradients"])
+    for a, b in zip(one["gradients"], two["gradients"], strict=True):
+        assert torch.allclose(a, b, rtol=0, atol=1e-5 * max(1, largest))
+    assert largest > 1e-3
+
+
+def test_two_processes_train_to_the_end(voc, tmp_path):
+    done = launch(["--dataset", "voc", "--root", voc, "--labeled", 4, "--out", tmp_path / "run", *SMALL, "--workers", 1], 2)
+    assert done.returncode == 0, done.stderr
+    assert len(rows(tmp_path / "run/log.csv")) == 2 and len(rows(tmp_path / "run/hardness.csv")) == 16
+    # The two processes' teachers are one: scored by one process, it has the mIoU that two measured together.
+    scored = launch(["--eval", tmp_path / "run/last.pt"])
+    assert f"mIoU {float(rows(tmp_path / 'run/log.csv')[-1]['miou']):.2f}" in scored.stdout
+
+
+def test_import_does_nothing():
+    code = ("import sys, os; sys.argv = ['x', '--nonsense']; opened = []\n"
+            "sys.addaudithook(lambda e, a: opened.append(a[0]) if e == 'open' and isinstance(a[1], str) and set(a[1]) & set('wax+') else None)\n"
+            "import torch, torchvision; opened.clear(); state = torch.get_rng_state(); import imas\n"
+            "assert not [p for p in opened if '__pycache__' not in str(p)], opened\n"
+            "assert not torch.cuda.is_initialized() and torch.equal(state, torch.get_rng_state()); print('quiet')")
+    done = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
+    assert done.stdout == "quiet\n", done.stderr
+
+
+def test_demo_is_drawn_the_same_every_time(tmp_path):
+    drawn = []
+    for name in ("a", "b"):
+        runpy.run_path(str(PREPARE))["demo"](tmp_path / name)
+        files = sorted(p for p in (tmp_path / name).rglob("*") if p.is_file())
+        drawn.append({p.relative_to(tmp_path / name): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
+    assert drawn[0] == drawn[1] and len(drawn[0]) == 2 * 500 + 2
+    assert len(set(drawn[0].values())) > 990                 # and no scene like another
+    labeled, unlabeled, validation, _ = imas.find_data(settings(root=str(tmp_path / "a")))
+    classes = set(np.concatenate([np.unique(imas.read_mask(x, 6)) for x in labeled + validation]))
+    assert (len(labeled), len(unlabeled), len(validation), classes) == (16, 384, 100, set(range(6)))
+
+
+# Mistakes ----------------------------------------------------------------------------------------------------------------
+
+def overwrite_mask(root, **how):
+    path = root / "SegmentationClass" / "2007_000000.png"
+    image = Image.open(root / "JPEGImages" / "2007_000000.jpg")
+    Image.new(how.get("mode", "L"), how.get("size", image.size), how.get("value", 1)).save(path)
+
+
+MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
+    "no folder": (lambda r: (r / "JPEGImages").rename(r / "images"), "", ["JPEGImages", "--root"]),
+    "no image": (lambda r: (r / "JPEGImages/2007_000001.jpg").unlink(), "", ["2007_000001.jpg is missing"]),
+    "no mask": (lambda r: (r / "SegmentationClass/2007_000001.png").unlink(), "--labeled {r}/ImageSets/Segmentation/train.txt", ["2007_000001.png is missing"]),
+    "size": (lambda r: overwrite_mask(r, size=(3, 4)), "--labeled 6", ["2007_000000.png is 3x4", "its image"]),
+    "class": (lambda r: overwrite_mask(r, value=77), "--labeled 6", ["2007_000000.png", "class 77", "0 to 20"]),
+    "mode": (lambda r: overwrite_mask(r, mode="RGB", value=(1, 2, 3)), "--labeled 6", ["2007_000000.png", "RGB", "palette"]),
+    "too many": (None, "--labeled 7", ["--labeled 7", "1 to 6"]),
+    "none left": (None, "--labeled 6 --batch 8", ["6 unlabeled", "--batch"]),
+    "no labeled": (None, "--labeled=", ["--labeled"]),
+    "no list": (lambda r: (r / "ImageSets/Segmentation/val.txt").unlink(), "", ["val.txt"]),
+    "empty list": (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("\n"), "", ["val.txt holds no id"]),
+    "backbone": (None, "--backbone vgg", ["vgg", "resnet50"]),
+    "weights": (None, "--weights nowhere.pt", ["nowhere.pt", "--weights none"]),
+    "download": (None, "--weights imagenet --backbone resnet18", ["imagenet", "--weights none", "FILE"]),
+    "share of one": (None, "--accumulate 4", ["--batch 4", "at least 2"]),
+    "batch": (None, "--accumulate 3", ["--batch 4", "3 equal shares"]),
+    "adapt": (None, "--adapt colour", ["--adapt colour", "intensity"]),
+    "flag": (None, "--labled 4", ["--labled"]),
+    "number": (None, "--lr fast", ["--lr", "fast"]),
+    "background": (None, "--background 21", ["--background 21", "0 to 20"]),
+    "device": (None, "--device tpu", ["--device tpu"]),
+    "checkpoint": (None, "--eval nowhere.pt", ["nowhere.pt"]),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistake_is_told_in_one_line(name, voc, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(imas.torch.hub, "download_url_to_file", lambda *a, **k: (_ for _ in ()).throw(OSError("no network")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    change, flags, words = MISTAKES[name]
+    if change:
+        change(voc)
+    with pytest.raises(SystemExit) as stop:
+        imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, *flags.format(r=voc).split()])
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and line.startswith("imas.py: ")
+    assert all(word in line for word in words), line
+
+
+def test_fault_met_by_a_worker_is_one_line_too(voc, tmp_path):
+    for path in (voc / "JPEGImages").glob("2007*.jpg"):
+        path.write_bytes(path.read_bytes()[:-400])
+    for processes in (1, 2):
+        done = launch(["--dataset", "voc", "--root", voc, "--labeled", 4, "--out", tmp_path / str(processes), *SMALL, "--workers", 1], processes)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("imas.py: ")]
+        assert done.returncode == (2 if processes == 1 else 1) and len(lines) == 1 and "cannot decode" in lines[0], done.stderr
+        assert processes == 2 or done.stderr.count("\n") == 1
+
+
+def test_run_is_not_overwritten(voc, tmp_path, capsys):
+    command = ["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, "--epochs", "1"]
+    imas.main(command)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with pytest.raises(SystemExit) as stop:
+        imas.main(command)
+    assert stop.value.code == 2 and "--out" in capsys.readouterr().err
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").iterdir()}
