@@ -28,6 +28,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -35,12 +36,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+try:
+    import fcntl
+except ImportError:                              # Windows: a second run in the same folder is not noticed there
+    fcntl = None
+
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageEnhance, ImageFilter, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
@@ -102,6 +108,7 @@ class Settings:
     sliding: bool = option(False, "evaluate by overlapping windows of crop x crop, for pictures too large to go through whole")
     weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see train_step); off saves a fifth of the time")
     eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
+    save_every: float = option(30.0, "minutes between two checkpoints, besides the one after each epoch", low=0.0)
     workers: int = option(4, "loader processes per training process", low=0)
     seed: int = option(0, "of every draw; another seed draws other labeled images too", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
@@ -251,7 +258,8 @@ def find_samples(s, ids, with_masks):
         for path in filter(None, samples[-1][1:]):
             try:
                 with Image.open(path) as picture:            # reads the header alone
-                    sizes.append("{}x{}".format(*picture.size))
+                    turned = picture.format == "JPEG" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                    sizes.append("{}x{}".format(*picture.size[::-1 if turned else 1]))
             except Exception as error:                       # Pillow raises errors of many kinds
                 faults.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is no readable picture")
         if len(set(sizes)) == 2:
@@ -262,10 +270,12 @@ def find_samples(s, ids, with_masks):
 
 
 def read_image(sample):
-    """The picture of `sample` as a PIL image in RGB."""
+    """The picture of `sample` as a PIL image in RGB, turned as its camera says."""
     try:
         with Image.open(sample.image) as image:
-            return image.convert("RGB")
+            if image.mode[0] in "IF":                        # 16 or 32 bits, whose range Pillow does not convert
+                raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
+            return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:
         raise UserError(f"cannot decode {sample.image} ({error}): replace it, or remove its id from the lists") from None
 
@@ -889,98 +899,171 @@ def build_learner(s, device, steps):
 def save(path, content):
     """Write `content`, text or an object for torch.save, to `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
-    beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
-    os.replace(beside, path)
+    try:
+        beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
+        os.replace(beside, path)
+    except (OSError, RuntimeError) as error:                 # torch.save tells of a full disk by RuntimeError
+        beside.unlink(missing_ok=True)
+        raise UserError(f"cannot write {path} ({error}): make room and go on with --resume; what was there before is whole") from None
 
 
 def save_rows(path, header, rows):
-    """Append `rows` to the CSV file `path`, which is begun with `header`."""
-    begun = path.exists()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows(([] if begun else [header]) + rows)
+    """Append `rows` to the CSV file `path`, which begins with `header`."""
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(rows if file.tell() else [header] + rows)
+    except OSError as error:
+        raise UserError(f"cannot write {path} ({error}): make room and go on with --resume") from None
 
 
-def train(s, device):
-    """Train by the Settings `s`. What comes of it lies in the folder s.out."""
-    out = Path(s.out)
-    labeled, unlabeled, validation, note = find_data(s)
-    steps, shares = len(unlabeled) // s.batch, world() * s.accumulate        # steps an epoch, shares a step
-    total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
-    learner = build_learner(s, device, total)
-    if gather((out / "settings.json").exists())[0]:
-        raise UserError(f"{out} holds a run already: choose another --out, or remove it")
-    if rank() == 0:
+def claim(out):
+    """Make the folder `out` this run's as long as the process lives; UserError if another run is alive in it."""
+    try:
         out.mkdir(parents=True, exist_ok=True)
+        claim.file = open(out / "lock", "w")                 # an attribute, so that the file stays open
+        if fcntl:
+            fcntl.flock(claim.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return UserError(f"another run is alive in {out}: wait for it, or choose another --out")
+    except OSError as error:
+        return UserError(f"cannot use {out} ({error}): choose another --out")
+
+
+LOOK_EVERY = 10                                              # steps between two looks at the records
+
+
+def train(s, device, resume):
+    """Train by the Settings `s`, from the start or from where the run in the folder s.out stopped."""
+    labeled, unlabeled, validation, note = find_data(s)
+    out, shares = Path(s.out), world() * s.accumulate
+    steps = len(unlabeled) // s.batch                        # an epoch
+    total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
+    if not resume and gather((out / "settings.json").exists())[0]:
+        raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
+    raise_together(claim(out) if rank() == 0 else None)
+    learner = build_learner(s, device, total)
+    parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
+    done, best, history = 0, -1.0, []                        # steps, mIoU, and the epoch's records so far
+    if (out / "last.pt").exists() and resume:
+        state = load_checkpoint(out / "last.pt")
+        if state["shares"] != shares:
+            raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
+        done, best, history = state["step"], state["best"], state["history"]
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+    sizes = state["sizes"] if done else {}
+    for name in ("log.csv", "hardness.csv") if rank() == 0 else ():          # what the checkpoint does not know of will come again
+        if (out / name).exists():
+            os.truncate(out / name, min(sizes.get(name, 0), (out / name).stat().st_size))
+    keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
+    batches = iter(DataLoader(TrainingShares(labeled, unlabeled, s), batch_size=None, sampler=keys, num_workers=s.workers,
+                              worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
+
+    def save_state():
+        if rank() == 0:
+            save(out / "last.pt", {"settings": dataclasses.asdict(s), "shares": shares, "step": done, "best": best, "history": history,
+                                   "sizes": {name: (out / name).stat().st_size for name in ("log.csv", "hardness.csv") if (out / name).exists()},
+                                   **{name: part.state_dict() for name, part in parts.items()}})
+
+    if rank() == 0:
         save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
-              f"{s.batch // shares} + {s.batch // shares} images, on {device}, into {out}", flush=True)
-    keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, 0)
-    batches = iter(DataLoader(TrainingShares(labeled, unlabeled, s), batch_size=None, sampler=keys, num_workers=s.workers,
-                              pin_memory=device.type == "cuda"))
-    records, best, begun, epoch_begun = [], -1.0, time.monotonic(), time.monotonic()
-    for step in range(total):
-        epoch, trouble, batch = step // steps, None, {}
+              f"{s.batch // shares} + {s.batch // shares} images, on {device}, {f'from step {done} on, ' if done else ''}into {out}", flush=True)
+    stopped, fresh, begun, first = catch_signals(), [], time.monotonic(), done
+    epoch_begun = saved = begun
+    while True:
+        # Between two steps. What one process has met, all act on.
+        signals, due = zip(*gather((stopped[:1], time.monotonic() - saved > 60 * s.save_every)))
+        epoch_ends, stop = done % steps == 0, sum(signals, [])
+        if fresh and (done % LOOK_EVERY == 0 or epoch_ends or stop or due[0]):
+            history += look(fresh, s, labeled, unlabeled, shares, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
+                            (time.monotonic() - begun) / (done - first), total - done)
+            fresh = []
+        if stop or due[0]:
+            save_state()
+            saved = time.monotonic()
+        if stop:
+            tell(f"stopped by {signal.Signals(stop[0]).name} after step {done}, saved; go on with the same command and --resume", last=True)
+            raise SystemExit(128 + stop[0])
+        if epoch_ends and history:
+            epoch = done // steps
+            scored = epoch % s.eval_every == 0 or done == total
+            miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item() if scored else math.nan
+            if rank() == 0:
+                means = torch.stack([r[2] for r in history]).double().mean(0).tolist()
+                row = {"epoch": epoch, "steps": done, "lr": rate} | dict(zip(MEASURED, means)) | {"miou": miou, "seconds": time.monotonic() - epoch_begun}
+                gammas = sorted((unlabeled[i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
+                save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
+                save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
+                tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
+                if miou > best:
+                    best = miou
+                    save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
+            history, epoch_begun = [], time.monotonic()
+            save_state()
+            saved = time.monotonic()
+        if done == total:
+            break
+        batch, trouble = {}, None
         try:
             batch = {share: next(batches) for share in mine}
         except UserError as error:
             trouble = error
         raise_together(trouble)
-        teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
-        rate = learner.optimizer.param_groups[0]["lr"]
-        records += train_step(learner, batch, step, teacher_step, s, device)
-        if step % LOOK_EVERY == 0 or (step + 1) % steps == 0:
-            look(records, step, total, steps, (time.monotonic() - begun) / (step + 1), s)
-        if (step + 1) % steps:
-            continue
-
-        # The end of an epoch: evaluate, write down, save.
-        scored = (epoch + 1) % s.eval_every == 0 or step + 1 == total
-        miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item() if scored else math.nan
-        records = sorted((r for part in gather([(*r[:2], *(x.cpu() for x in r[2:])) for r in records]) for r in part), key=lambda r: r[:2])
-        means = torch.stack([r[2] for r in records]).double().mean(0).tolist()
-        if rank() == 0:
-            seconds, epoch_begun = time.monotonic() - epoch_begun, time.monotonic()
-            row = {"epoch": epoch + 1, "steps": step + 1, "lr": rate} | dict(zip(MEASURED, means)) | {"miou": miou, "seconds": seconds}
-            gammas = sorted((unlabeled[i].id, g) for r in records for i, g in zip(r[3].tolist(), r[4].tolist()))
-            save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
-            save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch + 1, name, f"{g:.6f}"] for name, g in gammas])
-            tell(f"epoch {epoch + 1}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
-            content = {"settings": dataclasses.asdict(s), "epoch": epoch + 1, "miou": miou, "teacher": learner.teacher.state_dict()}
-            if miou > best:
-                best = miou
-                save(out / "best.pt", content)
-            save(out / "last.pt", content)
-        records = []
+        rate, epoch = learner.optimizer.param_groups[0]["lr"], done // steps
+        teacher_step = done - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
+        fresh += train_step(learner, batch, done, teacher_step, s, device)
+        done += 1
     if rank() == 0:
-        print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes: mIoU of the teacher {miou:.2f} at the last epoch, {best:.2f} at the best\n"
+        print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes; the teacher's best mIoU is {best:.2f}\n"
               f"{out}: log.csv, hardness.csv (each unlabeled image, each epoch), last.pt, best.pt; score again with --eval {out / 'best.pt'}")
 
 
-LOOK_EVERY = 10                                              # steps between two looks at the losses
-
-
-def look(records, step, total, steps, seconds, s):
-    """Show how the run goes; UserError if a loss is not finite."""
-    values = torch.stack([r[2] for r in records[-LOOK_EVERY * s.accumulate:]]).mean(0).tolist()
-    loss, left = values[0] + s.lambda_u * values[1], seconds * (total - step - 1)
-    if not math.isfinite(loss):
-        raise UserError(f"the loss is {loss} at step {step}: lower --lr")
-    if rank() == 0:
-        tell(f"epoch {step // steps + 1}/{s.epochs}  step {step + 1}/{total}  loss {loss:.3f}  hardness {values[2]:.2f}  "
-             f"{2 * s.batch / seconds:.1f} images/s  {left // 3600:.0f}:{left // 60 % 60:02.0f}:{left % 60:02.0f} left", last=False)
-
-
-told = [-math.inf]
+def look(fresh, s, labeled, unlabeled, shares, place, seconds, left):
+    """Show how the run goes; returns the records `fresh` of all processes on the CPU. UserError if a loss is not finite."""
+    records = sorted((r for part in gather([(*r[:2], *(x.cpu() for x in r[2:])) for r in fresh]) for r in part), key=lambda r: r[:2])
+    for step, share, values, _, _ in records:
+        if not values.isfinite().all():
+            keys = next(share_keys(s, len(labeled), len(unlabeled), shares, [share], step))
+            names = [(labeled if stream == LABELED else unlabeled)[index].id for stream, _, _, index in keys]
+            raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: lower --lr, or look at these images; "
+                            f"the last good checkpoint is {Path(s.out) / 'last.pt'}")
+    loss_x, loss_u, gamma = torch.stack([r[2][:3] for r in records]).mean(0).tolist()
+    clock = time.strftime("%H:%M:%S", time.gmtime(seconds * left))
+    tell(f"{place}  loss {loss_x + s.lambda_u * loss_u:.3f}  hardness {gamma:.2f}  {2 * s.batch / seconds:.1f} images/s  {clock} left", last=False)
+    return records
 
 
 def tell(line, last):
     """Print a line of progress: over the one before on a terminal (until `last`), else at most one in half a minute."""
-    if sys.stdout.isatty():
+    if rank() == 0 and sys.stdout.isatty():
         print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
-    elif last or time.monotonic() - told[0] > 30:
+    elif rank() == 0 and (last or time.monotonic() - tell.time > 30):
         print(line, flush=True)
-        told[0] = time.monotonic()
+        tell.time = time.monotonic()
+
+
+tell.time = 0.0
+
+
+def catch_signals():
+    """From now on SIGTERM and SIGINT are put into the list returned; the same signal a second time does what it always does."""
+    caught = []
+
+    def catch(number, frame):
+        caught.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, catch)
+    return caught
+
+
+def leave_signals_to_parent(worker):
+    """In a loader's worker: Ctrl-C, which reaches all, is for its parent to act on."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # 11 ----------------------------------------------------------------------------------------------- the command line ---
@@ -993,7 +1076,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """The command line as (Settings, the checkpoint to score or None).
+    """The command line as (Settings, the checkpoint to score or None, whether to resume).
 
     A setting is the flag's value where given; else, in turn, the checkpoint's, the dataset's preset's, the field's default.
     """
@@ -1006,6 +1089,7 @@ def parse(argv):
     on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
     parser = Parser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.",
                     argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out where it stopped")
     parser.add_argument("--eval", metavar="CKPT", default=None, help="score this checkpoint on the validation set, train nothing")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
@@ -1013,13 +1097,19 @@ def parse(argv):
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
                             metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
     given = vars(parser.parse_args(argv))
-    checkpoint = given.pop("eval")
+    checkpoint, resume = given.pop("eval"), given.pop("resume")
     base = load_checkpoint(checkpoint)["settings"] if checkpoint else PRESETS.get(given.get("dataset", "demo"), {})
     s = Settings(**base | given)
-    if not checkpoint and not s.out:
-        s.out = str(Path("runs", "-".join((Path(s.dataset).name, Path(s.labeled).stem, s.method, str(s.seed)))))
+    s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).name, Path(s.labeled).stem, s.method, str(s.seed)))))
+    last = Path(s.out, "last.pt")
+    if resume and last.exists():
+        saved = load_checkpoint(last)["settings"] | {"out": s.out}
+        s = Settings(**saved | given)
+        for name, value in dataclasses.asdict(s).items():
+            if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate"):
+                raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {saved[name]}, not {value}: leave it away, or choose another --out")
     check_settings(s)
-    return s, checkpoint
+    return s, checkpoint, resume
 
 
 def load_checkpoint(path):
@@ -1047,12 +1137,12 @@ def score(s, checkpoint, device):
 def main(argv=None):
     """Do what the command line `argv` says (None: this process's own). A mistake in it ends in SystemExit(2) after one line."""
     try:
-        s, checkpoint = parse(argv)
+        s, checkpoint, resume = parse(argv)
         device = set_up_device(s.device)
         if s.dataset == "demo" and not data_root(s).exists() and rank() == 0:
             runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](data_root(s))
         gather(None)                             # all wait for the drawing
-        score(s, checkpoint, device) if checkpoint else train(s, device)
+        score(s, checkpoint, device) if checkpoint else train(s, device, resume)
     except UserError as error:
         # An error from a loader's worker comes with the worker's traceback in front; the last line is the message.
         if rank() == 0:
