@@ -293,21 +293,12 @@ def read_mask(sample, num_classes):
     if mode not in ("P", "L"):
         raise UserError(f"the mask {sample.mask} has mode {mode}: save the class indices as an 8-bit palette or grey PNG")
     if sample.mask.name.endswith("_labelIds.png"):
-        labels = cityscapes_train_ids()[labels]
+        train_id = {c.id: c.train_id for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < num_classes}
+        labels = np.array([train_id.get(k, IGNORE) for k in range(256)], np.uint8)[labels]
     wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
     if wrong.size:
         raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; --num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
     return Image.fromarray(labels)
-
-
-@functools.cache
-def cityscapes_train_ids():
-    """uint8 [256]: the training class, 0..18 or 255, of each of Cityscapes' label ids."""
-    table = np.full(256, IGNORE, np.uint8)
-    for c in torchvision.datasets.Cityscapes.classes:
-        if 0 <= c.train_id < 19:
-            table[c.id] = c.train_id
-    return table
 
 
 def weak_augment(image, mask, s, rng):
@@ -703,7 +694,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
             views += [adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong]
             targets += [(pseudo_label, confidence, valid)]
             # The CutMix view: made the more often the easier the batch is; hard images are mixed with easy ones.
-            generator = torch.Generator().manual_seed(seed_of(s.seed, step, share))
+            generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
             chance = (1 - gamma).mean().cpu() if "cutmix" in adapt else 0.5                   # the host waits for the device
             if torch.rand((), generator=generator) < chance:
                 partner = pair_hard_easy(gamma) if "cutmix" in adapt else torch.randperm(len(weak), generator=generator).to(device)
@@ -745,11 +736,6 @@ def autocast(device):
     """Mixed precision on CUDA: bfloat16 where the GPU has it, else float16. Off elsewhere."""
     half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
     return torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
-
-
-def seed_of(*numbers):
-    """One seed for torch.Generator from several numbers."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
 
 
 @torch.no_grad()
@@ -885,8 +871,10 @@ def build_learner(s, device, steps):
     if world() > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    parallel = student if world() == 1 else nn.parallel.DistributedDataParallel(
-        student, device_ids=[device] if device.type == "cuda" else None, broadcast_buffers=False)
+    parallel = student
+    if world() > 1:
+        parallel = nn.parallel.DistributedDataParallel(student, [device] if device.type == "cuda" else None)
+        parallel.broadcast_buffers = False                   # BatchNorm's statistics are shared otherwise
     backbone = list(student.backbone.parameters())
     head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.SGD([{"params": backbone}, {"params": head, "lr": s.lr * s.head_lr}],
@@ -945,7 +933,7 @@ def train(s, device, resume):
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history = 0, -1.0, []                        # steps, mIoU, and the epoch's records so far
     if (out / "last.pt").exists() and resume:
-        state = load_checkpoint(out / "last.pt")
+        state = load_checkpoint(out / "last.pt", "shares", "step", "best", "history", "sizes", *parts)
         if state["shares"] != shares:
             raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         done, best, history = state["step"], state["best"], state["history"]
@@ -992,7 +980,7 @@ def train(s, device, resume):
             miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item() if scored else math.nan
             if rank() == 0:
                 means = torch.stack([r[2] for r in history]).double().mean(0).tolist()
-                row = {"epoch": epoch, "steps": done, "lr": rate} | dict(zip(MEASURED, means)) | {"miou": miou, "seconds": time.monotonic() - epoch_begun}
+                row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"]} | dict(zip(MEASURED, means)) | {"miou": miou, "seconds": time.monotonic() - epoch_begun}
                 gammas = sorted((unlabeled[i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
                 save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
                 save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
@@ -1011,7 +999,7 @@ def train(s, device, resume):
         except UserError as error:
             trouble = error
         raise_together(trouble)
-        rate, epoch = learner.optimizer.param_groups[0]["lr"], done // steps
+        epoch = done // steps
         teacher_step = done - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
         fresh += train_step(learner, batch, done, teacher_step, s, device)
         done += 1
@@ -1112,22 +1100,31 @@ def parse(argv):
     return s, checkpoint, resume
 
 
-def load_checkpoint(path):
-    """The content of the checkpoint file `path`."""
+def load_checkpoint(path, *needed):
+    """The content of the checkpoint file `path`, a dict; UserError unless it holds settings, a teacher, and all that is `needed`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if {"settings", "teacher"} <= set(content) else 1 / 0
-    except FileNotFoundError:
-        raise UserError(f"there is no checkpoint {path}") from None
-    except Exception:                            # of the file's format
-        raise UserError(f"{path} is no checkpoint of imas.py") from None
+        Settings(**content["settings"]), [content[name] for name in ("teacher", *needed)]
+        return content
+    except OSError as error:
+        raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
+    except Exception:                            # cut off, of another program, a plain state dict
+        raise UserError(f"{path} is not a whole checkpoint of this program: take a last.pt or best.pt of one of its runs") from None
+
+
+def load_model(s, checkpoint, device):
+    """The teacher in the file `checkpoint`, in eval mode on `device`."""
+    model = build_model(s)
+    try:
+        model.load_state_dict(load_checkpoint(checkpoint)["teacher"])
+    except RuntimeError:
+        raise UserError(f"{checkpoint} does not fit --num-classes, --backbone, --width or --aux-weight as given: leave them away") from None
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def score(s, checkpoint, device):
     """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`."""
-    model = build_model(s).to(device, memory_format=torch.channels_last).eval()
-    model.load_state_dict(load_checkpoint(checkpoint)["teacher"])
-    confusion = evaluate(model, find_validation(s), s, device)
+    confusion = evaluate(load_model(s, checkpoint, device), find_validation(s), s, device)
     if rank() == 0:
         for k, iou in enumerate(iou_per_class(confusion).tolist()):
             print(f"class {k:3d}  IoU {100 * iou:6.2f}")

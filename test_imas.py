@@ -14,10 +14,12 @@ import io
 import json
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import tarfile
 import threading
+import time
 import zipfile
 from pathlib import Path
 
@@ -787,6 +789,251 @@ def test_prepare_tells_what_it_cannot_do_in_one_line(prepare, server, tmp_path, 
     assert prepare.main(["cityscapes", "--root", str(tmp_path)]) == 2
     assert "registration" in (line := capsys.readouterr().err) and line.count("\n") == 1
     assert (tmp_path / "splits/1488/unlabeled.txt").read_bytes() == b"x"
+
+
+# Stopped, killed, resumed ------------------------------------------------------------------------------------------------
+
+NURSERY = """
+import json, os, random, resource, signal, sys, time
+import torch, imas
+
+def child(argv, rank, world, port, die_in_save):
+    os.setsid()                                              # a process group with its loader's workers
+    os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    sys.stdout = sys.stderr = open(os.devnull, "w") if rank else open("said", "a", 1)
+    if die_in_save and rank == 0:
+        save, count = torch.save, [0]
+        def torn(content, path):
+            save(content, path)
+            count[0] += 1
+            if count[0] == die_in_save:                      # killed with half of the file written
+                os.truncate(path, os.path.getsize(path) // 2)
+                os.killpg(0, signal.SIGKILL)
+        torch.save = torn
+    code = 0
+    try:
+        imas.main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    os._exit(code or 0)
+
+def run(argv, world, port, kill_after=None, die_in_save=0):
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if not pid:
+            child(argv, rank, world, port, die_in_save)
+        pids.append(pid)
+    end, codes = time.monotonic() + (kill_after or 1e9), {}
+    while len(codes) < world:
+        for pid in set(pids) - set(codes):
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                codes[pid] = status
+                if os.WIFSIGNALED(status):
+                    end = 0
+        if time.monotonic() > end:
+            for pid in set(pids) - set(codes):
+                try: os.killpg(pid, signal.SIGKILL)
+                except ProcessLookupError: pass
+        time.sleep(0.005)
+    return [codes[pid] for pid in pids]
+
+argv, world, port, kills, seed = json.loads(sys.argv[1])
+draw = random.Random(seed)
+begun = time.monotonic()
+assert run([*argv, "--out", "straight"], world, port) == [0] * world
+length, died = time.monotonic() - begun, 0
+for i in range(kills):
+    torn = draw.choice([0, 0, draw.randint(1, 12)])
+    codes = run([*argv, "--out", "killed", "--resume"], world, port + 1 + i, draw.uniform(0.05, 0.8) * length, torn)
+    died += any(os.WIFSIGNALED(code) for code in codes)
+print(died, run([*argv, "--out", "killed", "--resume"], world, port + 50) == [0] * world)
+"""
+
+
+def same_runs(a, b):
+    """Whether two run folders hold the same weights, to the bit, and the same rows."""
+    states = [torch.load(path / "last.pt", weights_only=True) for path in (a, b)]
+    for name in ("student", "teacher"):
+        assert all(torch.equal(x, y) for x, y in zip(*(state[name].values() for state in states), strict=True)), name
+    momentum = [[v["momentum_buffer"] for v in state["optimizer"]["state"].values()] for state in states]
+    assert all(torch.equal(x, y) for x, y in zip(*momentum, strict=True))
+    assert states[0]["step"] == states[1]["step"] and states[0]["best"] == states[1]["best"]
+    assert rows(a / "log.csv") == rows(b / "log.csv") and rows(a / "hardness.csv") == rows(b / "hardness.csv")
+    best = [torch.load(path / "best.pt", weights_only=True) for path in (a, b)]
+    assert best[0]["epoch"] == best[1]["epoch"] and all(torch.equal(x, y) for x, y in zip(best[0]["teacher"].values(), best[1]["teacher"].values()))
+
+
+@pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 1)])
+def test_killed_ten_times_and_resumed_is_never_killed(processes, workers, tmp_path):
+    voc = draw_voc(tmp_path / "voc", train=40, val=3, masks=8)
+    argv = ["--dataset", "voc", "--root", str(voc), "--labeled", "8", *SMALL, "--epochs", "4", "--warmup-epochs", "1", "--save-every", "0.0005",
+            "--workers", str(workers)]
+    (tmp_path / "nursery.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + NURSERY)
+    port = 20000 + (os.getpid() * 8 + processes * 4 + workers) % 400 * 100
+    done = launch([json.dumps([argv, processes, port, 10, 10 * processes + workers])], script=tmp_path / "nursery.py", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr + (tmp_path / "said").read_text()
+    died, finished = done.stdout.split()
+    assert finished == "True" and int(died) >= 4, (tmp_path / "said").read_text()            # the rest came after the end
+    same_runs(tmp_path / "straight", tmp_path / "killed")
+    assert not list(tmp_path.glob("killed/*.new"))
+
+
+def command(voc, out, *flags):
+    return ["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(out), *SMALL, *flags]
+
+
+def test_sigterm_to_torchrun_saves_and_ends(voc, tmp_path):
+    flags = ("--epochs", "30", "--workers", "1")
+    launch(command(voc, tmp_path / "straight", *flags), 2)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "imas.py"),
+                                *command(voc, tmp_path / "stopped", *flags)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    while not (tmp_path / "stopped/log.csv").exists():
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    told, _ = running.communicate(timeout=30)
+    assert running.returncode != 0 and "stopped by SIGTERM after step" in told and "--resume" in told
+    assert 0 < torch.load(tmp_path / "stopped/last.pt")["step"] < 60
+    assert launch(command(voc, tmp_path / "stopped", *flags, "--resume"), 2).returncode == 0
+    same_runs(tmp_path / "straight", tmp_path / "stopped")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signal_ends_one_process_with_its_own_code(number, voc, tmp_path):
+    running = subprocess.Popen([sys.executable, str(HERE / "imas.py"), *command(voc, tmp_path / "run", "--epochs", "400", "--workers", "1")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not (tmp_path / "run/log.csv").exists():
+        time.sleep(0.02)
+    # Ctrl-C reaches the whole group, the loader's workers too.
+    os.killpg(running.pid, number) if number == signal.SIGINT else running.send_signal(number)
+    told, errors = running.communicate(timeout=30)
+    assert running.returncode == 128 + number and f"stopped by {number.name}" in told and errors == ""
+    assert torch.load(tmp_path / "run/last.pt")["step"] > 0
+
+
+def test_number_of_shares_belongs_to_a_run(voc, tmp_path, capsys):
+    imas.main(command(voc, tmp_path / "whole", "--accumulate", "2"))
+    imas.main(command(voc, tmp_path / "run", "--accumulate", "2"))
+    state = torch.load(tmp_path / "run/last.pt")
+    assert state["shares"] == 2
+    with pytest.raises(SystemExit):
+        imas.main(command(voc, tmp_path / "run", "--accumulate", "1", "--resume"))
+    assert "2 shares a step, this is 1" in capsys.readouterr().err
+    assert launch(command(voc, tmp_path / "run", "--accumulate", "1", "--resume"), 2).returncode == 0          # 2 processes x 1
+
+
+def test_second_run_in_a_living_runs_folder_is_refused(voc, tmp_path, capsys):
+    out = tmp_path / "run"
+    running = subprocess.Popen([sys.executable, str(HERE / "imas.py"), *command(voc, out, "--epochs", "400")], stdout=subprocess.DEVNULL)
+    while not (out / "log.csv").exists():
+        time.sleep(0.02)
+    with pytest.raises(SystemExit) as stop:
+        imas.main(command(voc, out, "--epochs", "400", "--resume"))
+    running.kill()
+    running.wait()
+    assert stop.value.code == 2 and "another run is alive" in capsys.readouterr().err
+
+
+def test_infinite_loss_names_step_images_and_checkpoint(voc, tmp_path, capsys):
+    for processes in (1, 2):
+        out = tmp_path / str(processes)
+        done = launch(command(voc, out, "--lr", "1e8", "--epochs", "30"), processes)
+        lines = [line for line in done.stderr.splitlines() if line.startswith("imas.py: ")]
+        assert done.returncode == (2 if processes == 1 else 1) and len(lines) == 1 and "not finite at step" in lines[0], done.stderr
+        ids = imas.read_ids(voc / "ImageSets/Segmentation/train_aug.txt")
+        assert sum(name in lines[0] for name in ids) >= 3 and str(out / "last.pt") in lines[0]
+        if (out / "last.pt").exists():
+            assert all(v.isfinite().all() for v in torch.load(out / "last.pt")["student"].values())
+
+
+FULL_DISK = """
+import resource, sys, imas
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+imas.main(sys.argv[2:])
+"""
+
+
+def test_full_disk_leaves_the_checkpoint_before_whole(voc, tmp_path):
+    out, flags = tmp_path / "run", ("--epochs", "6", "--save-every", "0")
+    (tmp_path / "full.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + FULL_DISK)
+    imas.main(command(voc, tmp_path / "straight", *flags))
+    running = subprocess.Popen([sys.executable, str(HERE / "imas.py"), *command(voc, out, *flags)], stdout=subprocess.DEVNULL)
+    while not (out / "last.pt").exists():
+        time.sleep(0.01)
+    running.kill()
+    running.wait()
+    before = (out / "last.pt").read_bytes()
+    done = launch([len(before) // 2, *command(voc, out, *flags, "--resume")], script=tmp_path / "full.py")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "make room" in done.stderr and "--resume" in done.stderr, done.stderr
+    assert (out / "last.pt").read_bytes() == before and not (out / "last.pt.new").exists()
+    imas.main(command(voc, out, *flags, "--resume"))
+    for name in ("student", "teacher"):
+        states = [torch.load(path / "last.pt")[name].values() for path in (tmp_path / "straight", out)]
+        assert all(torch.equal(a, b) for a, b in zip(*states))
+
+
+def test_readers_give_a_sample_or_one_line(tmp_path):
+    """Random bytes, truncations and flipped bits in pictures, masks and lists."""
+    rng, root = np.random.default_rng(0), draw_voc(tmp_path / "voc", 6, 2, 6)
+    s = settings(root=str(root), labeled="3", batch=2, num_classes=21)
+    files = [root / "JPEGImages/2007_000000.jpg", root / "SegmentationClass/2007_000000.png", root / "ImageSets/Segmentation/train_aug.txt"]
+    outcomes = {"sample": 0, "line": 0}
+    for round_ in range(400):
+        path = files[round_ % 3]
+        whole = path.read_bytes()
+        broken = bytearray(whole)
+        kind = rng.integers(3)
+        if kind == 0:
+            broken = rng.bytes(int(rng.integers(0, 300)))
+        elif kind == 1:
+            broken = broken[:rng.integers(len(broken))]
+        else:
+            for at in rng.integers(len(broken), size=rng.integers(1, 8)):
+                broken[at] ^= 1 << int(rng.integers(8))
+        path.write_bytes(broken)
+        try:
+            labeled, unlabeled, _, _ = imas.find_data(s)
+            shares = imas.TrainingShares(labeled, unlabeled, s)
+            for stream, samples in ((imas.LABELED, labeled), (imas.UNLABELED, unlabeled)):
+                for i in range(len(samples)):
+                    for name, value in shares[[(stream, 0, 0, i)]].items():
+                        assert name == "index" or value.shape[-2:] == (64, 64)
+            outcomes["sample"] += 1
+        except imas.UserError as error:
+            assert str(error) and "\n" not in str(error)
+            outcomes["line"] += 1
+        path.write_bytes(whole)
+    assert min(outcomes.values()) > 50, outcomes
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGBA", "CMYK", "P", "1", "I;16"])
+def test_pictures_of_all_modes(mode, tmp_path):
+    colour = Image.fromarray(np.random.default_rng(0).integers(0, 256, (8, 12, 3), dtype=np.uint8))
+    path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
+    picture = colour.convert("L").point(lambda v: v * 256, "I").convert("I;16") if mode == "I;16" else colour.convert(mode)
+    picture.save(path, **({"quality": 100} if mode == "CMYK" else {}))
+    sample = imas.Sample("x", path, None)
+    if mode == "I;16":
+        with pytest.raises(imas.UserError, match="I;16.*8 bits"):
+            imas.read_image(sample)
+    else:
+        assert imas.read_image(sample).mode == "RGB"
+        if mode == "RGBA":
+            assert imas.read_image(sample).tobytes() == colour.tobytes()
+
+
+def test_picture_turned_by_its_camera_is_turned_back(voc):
+    path, mask = voc / "JPEGImages/2007_000000.jpg", voc / "SegmentationClass/2007_000000.png"
+    upright = Image.open(path).convert("RGB")
+    exif = Image.Exif()
+    exif[0x0112] = 6                                         # to be turned by 90 degrees clockwise
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    s = settings(root=str(voc), labeled="6", batch=2, num_classes=21)
+    sample = next(x for x in imas.find_data(s)[0] if x.id == "2007_000000")                  # the upright mask fits
+    assert imas.read_image(sample).size == Image.open(mask).size == upright.size
+    assert np.abs(np.asarray(imas.read_image(sample), int) - np.asarray(upright, int)).mean() < 20
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------------
