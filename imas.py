@@ -122,7 +122,7 @@ PRESETS = {
                    width=64,
                    lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
     "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=8, labeled="16",
-                 lr=0.05, head_lr=1.0, tau=0.8, lambda_u=1.0, epochs=10, warmup_epochs=2, workers=0),
+                 lr=0.03, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=16, warmup_epochs=3, workers=0),
 }
 
 
@@ -905,16 +905,17 @@ def save_rows(path, header, rows):
 
 
 def claim(out):
-    """Make the folder `out` this run's as long as the process lives; UserError if another run is alive in it."""
+    """Make the folder `out` this run's own: (the open file that holds the claim, None), or (None, what is in the way)."""
     try:
         out.mkdir(parents=True, exist_ok=True)
-        claim.file = open(out / "lock", "w")                 # an attribute, so that the file stays open
+        file = open(out / "lock", "w")
         if fcntl:
-            fcntl.flock(claim.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return file, None
     except BlockingIOError:
-        return UserError(f"another run is alive in {out}: wait for it, or choose another --out")
+        return None, f"another run is alive in {out}: wait for it, or choose another --out"
     except OSError as error:
-        return UserError(f"cannot use {out} ({error}): choose another --out")
+        return None, f"cannot use the folder {out} ({error}): choose another --out"
 
 
 LOOK_EVERY = 10                                              # steps between two looks at the records
@@ -928,7 +929,8 @@ def train(s, device, resume):
     total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
     if not resume and gather((out / "settings.json").exists())[0]:
         raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    raise_together(claim(out) if rank() == 0 else None)
+    lock, trouble = claim(out) if rank() == 0 else (None, None)              # held as long as this function runs
+    raise_together(trouble)
     learner = build_learner(s, device, total)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history = 0, -1.0, []                        # steps, mIoU, and the epoch's records so far

@@ -844,9 +844,9 @@ draw = random.Random(seed)
 begun = time.monotonic()
 assert run([*argv, "--out", "straight"], world, port) == [0] * world
 length, died = time.monotonic() - begun, 0
-for i in range(kills):
-    torn = draw.choice([0, 0, draw.randint(1, 12)])
-    codes = run([*argv, "--out", "killed", "--resume"], world, port + 1 + i, draw.uniform(0.05, 0.8) * length, torn)
+for i in range(kills):                                       # of every three, one inside a checkpoint; a twelfth of the run each
+    torn = draw.randint(1, 3) if i % 3 == 0 else 0
+    codes = run([*argv, "--out", "killed", "--resume"], world, port + 1 + i, None if torn else draw.uniform(0.03, 0.13) * length, torn)
     died += any(os.WIFSIGNALED(code) for code in codes)
 print(died, run([*argv, "--out", "killed", "--resume"], world, port + 50) == [0] * world)
 """
@@ -868,14 +868,14 @@ def same_runs(a, b):
 @pytest.mark.parametrize("processes, workers", [(1, 0), (1, 2), (2, 0), (2, 1)])
 def test_killed_ten_times_and_resumed_is_never_killed(processes, workers, tmp_path):
     voc = draw_voc(tmp_path / "voc", train=40, val=3, masks=8)
-    argv = ["--dataset", "voc", "--root", str(voc), "--labeled", "8", *SMALL, "--epochs", "4", "--warmup-epochs", "1", "--save-every", "0.0005",
+    argv = ["--dataset", "voc", "--root", str(voc), "--labeled", "8", *SMALL, "--epochs", "6", "--warmup-epochs", "1", "--save-every", "0.0005",
             "--workers", str(workers)]
     (tmp_path / "nursery.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + NURSERY)
     port = 20000 + (os.getpid() * 8 + processes * 4 + workers) % 400 * 100
     done = launch([json.dumps([argv, processes, port, 10, 10 * processes + workers])], script=tmp_path / "nursery.py", cwd=tmp_path)
     assert done.returncode == 0, done.stderr + (tmp_path / "said").read_text()
     died, finished = done.stdout.split()
-    assert finished == "True" and int(died) >= 4, (tmp_path / "said").read_text()            # the rest came after the end
+    assert finished == "True" and int(died) >= 8, (tmp_path / "said").read_text()            # at most two came after the end
     same_runs(tmp_path / "straight", tmp_path / "killed")
     assert not list(tmp_path.glob("killed/*.new"))
 
