@@ -27,6 +27,7 @@ import functools
 import json
 import math
 import os
+import re
 import runpy
 import signal
 import sys
@@ -119,8 +120,7 @@ PRESETS = {
     "cityscapes": dict(num_classes=19, base_size=2048, crop=769, lr=0.01, head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7,
                        ohem=True, aux_weight=0.4, sliding=True),
     "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
-                   width=64,
-                   lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
+                   width=64, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
     "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=8, labeled="16",
                  lr=0.03, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=16, warmup_epochs=3, workers=0),
 }
@@ -165,7 +165,7 @@ def read_ids(path):
     for number, line in enumerate(lines, 1):
         words = line.split()
         name = words[0] if len(words) == 2 and words[1].endswith(".png") else line
-        name = name.removeprefix("/").removeprefix("JPEGImages/").removeprefix("leftImg8bit/")
+        name = re.sub("^/?(JPEGImages|leftImg8bit)/", "", name)
         name = (name.rpartition(".")[0] if name.lower().endswith(IMAGE_ENDINGS) else name).removesuffix("_leftImg8bit")
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path}, line {number}: '{line}' leads out of the dataset's folder")
@@ -220,7 +220,7 @@ def find_data(s):
         pool, path = list_ids(s, "train")
         with_mask = [i for i in pool if locate(s, i)[1].is_file()]
         if not 0 < int(s.labeled) <= len(with_mask):
-            raise UserError(f"--labeled {s.labeled}: say 1 to {len(with_mask)}, as many ids of {path} have a mask")
+            raise UserError(f"--labeled {s.labeled}: {len(with_mask)} ids of {path} have a mask, so at most that many, and at least 1")
         draw = np.random.default_rng(s.seed).permutation(len(with_mask))[:int(s.labeled)]
         labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {path.name}"
     else:
@@ -283,22 +283,32 @@ def read_image(sample):
 def read_mask(sample, num_classes):
     """The mask of `sample` as a PIL image whose pixels are class indices, 0..num_classes-1 or 255.
 
-    The stored index is the class. The mode is never converted: a palette turned into luminance is garbage.
+    The stored index is the class. The mode is never converted: a palette turned into luminance is garbage. A mask in colours is
+    read by the dataset's labelmap.txt ("name:r,g,b" a line, from class 0 on), one of 0 and 255 alone, for 2 classes, as 0 and 1.
     """
     try:
         with Image.open(sample.mask) as mask:
-            mode, labels = mask.mode, np.asarray(mask)
+            mode, labels = mask.mode, np.array(mask)
     except Exception as error:
         raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
-    if mode not in ("P", "L"):
-        raise UserError(f"the mask {sample.mask} has mode {mode}: save the class indices as an 8-bit palette or grey PNG")
+    labelmap = next((folder / "labelmap.txt" for folder in sample.mask.parents if (folder / "labelmap.txt").is_file()), None)
+    if mode in ("RGB", "RGBA") and labelmap:
+        colours = [line.split(":")[1].split(",") for line in labelmap.read_text().splitlines() if line.count(":") and line[0] != "#"]
+        equal = (labels[:, :, None, :3] == np.array(colours, int)).all(3)                # [H, W, colours]
+        if not equal.any(2).all():
+            raise UserError(f"the mask {sample.mask} has the colour {labels[~equal.any(2)][0][:3].tolist()}, which {labelmap} does not name")
+        labels = equal.argmax(2).astype(np.uint8)
+    elif mode not in ("P", "L", "1"):
+        raise UserError(f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG, or add a labelmap.txt")
+    elif num_classes == 2 and set(np.unique(labels)) <= {0, 255}:
+        labels = labels.astype(bool)
     if sample.mask.name.endswith("_labelIds.png"):
         train_id = {c.id: c.train_id for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < num_classes}
         labels = np.array([train_id.get(k, IGNORE) for k in range(256)], np.uint8)[labels]
     wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
     if wrong.size:
         raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; --num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
-    return Image.fromarray(labels)
+    return Image.fromarray(labels.astype(np.uint8))
 
 
 def weak_augment(image, mask, s, rng):
@@ -977,19 +987,7 @@ def train(s, device, resume):
             tell(f"stopped by {signal.Signals(stop[0]).name} after step {done}, saved; go on with the same command and --resume", last=True)
             raise SystemExit(128 + stop[0])
         if epoch_ends and history:
-            epoch = done // steps
-            scored = epoch % s.eval_every == 0 or done == total
-            miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item() if scored else math.nan
-            if rank() == 0:
-                means = torch.stack([r[2] for r in history]).double().mean(0).tolist()
-                row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"]} | dict(zip(MEASURED, means)) | {"miou": miou, "seconds": time.monotonic() - epoch_begun}
-                gammas = sorted((unlabeled[i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
-                save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
-                save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
-                tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
-                if miou > best:
-                    best = miou
-                    save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
+            best = end_epoch(done, steps, history, best, learner, unlabeled, validation, s, device, time.monotonic() - epoch_begun)
             history, epoch_begun = [], time.monotonic()
             save_state()
             saved = time.monotonic()
@@ -1008,6 +1006,25 @@ def train(s, device, resume):
     if rank() == 0:
         print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes; the teacher's best mIoU is {best:.2f}\n"
               f"{out}: log.csv, hardness.csv (each unlabeled image, each epoch), last.pt, best.pt; score again with --eval {out / 'best.pt'}")
+
+
+def end_epoch(done, steps, history, best, learner, unlabeled, validation, s, device, seconds):
+    """Evaluate after `done` steps and write the epoch's rows from its records `history`; returns the best mIoU so far."""
+    epoch, out = done // steps, Path(s.out)
+    miou, begun = math.nan, time.monotonic()
+    if epoch % s.eval_every == 0 or epoch == s.epochs:
+        miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item()
+    if rank() == 0:
+        means = torch.stack([r[2] for r in history]).double().mean(0).tolist()
+        row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
+               "miou": miou, "seconds": seconds + time.monotonic() - begun}
+        gammas = sorted((unlabeled[i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
+        save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
+        save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
+        tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
+        if miou > best:
+            save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
+    return miou if miou > best else best                     # NaN, not evaluated, is not better
 
 
 def look(fresh, s, labeled, unlabeled, shares, place, seconds, left):
@@ -1071,7 +1088,7 @@ def parse(argv):
     A setting is the flag's value where given; else, in turn, the checkpoint's, the dataset's preset's, the field's default.
     """
     def on_or_off(text):
-        return {"on": True, "off": False}[text]
+        return bool(("off", "on").index(text))
 
     def class_or_none(text):
         return None if text == "none" else int(text)
@@ -1083,7 +1100,7 @@ def parse(argv):
     parser.add_argument("--eval", metavar="CKPT", default=None, help="score this checkpoint on the validation set, train nothing")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
-        default = {True: "on", False: "off", None: "none", "": "''"}.get(field.default, field.default)
+        default = ("off", "on")[field.default] if field.type is bool else "''" if field.default == "" else field.default
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
                             metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
     given = vars(parser.parse_args(argv))

@@ -495,6 +495,29 @@ def test_lists_may_hold_ids_or_paths(voc):
         assert [sorted(x for x in part if " " not in x.id) for part in plain[:3]] == [sorted(part) for part in found[:3]]
 
 
+def test_own_pictures_of_other_tools(tmp_path, capsys):
+    """Grey pictures, with masks of one bit, of 0 and 255, or in colours with a labelmap.txt, as annotation tools write them."""
+    for kind in ("bit", "grey", "colour"):
+        root, rng = tmp_path / kind, np.random.default_rng(0)
+        for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
+            (root / folder).mkdir(parents=True)
+        for i in range(10):
+            truth = rng.random((24, 30)) < 0.5
+            Image.fromarray(rng.integers(0, 256, (24, 30), dtype=np.uint8)).save(root / f"JPEGImages/{i}.png")
+            colours = np.where(truth[..., None], [200, 30, 7], [0, 0, 0]).astype(np.uint8)
+            mask = {"bit": Image.fromarray(truth), "grey": Image.fromarray(np.uint8(255) * truth), "colour": Image.fromarray(colours)}[kind]
+            mask.save(root / f"SegmentationClass/{i}.png")
+            assert (np.asarray(mask).reshape(24, 30, -1)[..., 0] > 0).tolist() == truth.tolist()
+        if kind == "colour":
+            (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\nleaf:200,30,7::\n")
+        (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(map(str, range(8))))
+        (root / "ImageSets/Segmentation/val.txt").write_text("8\n9")
+        imas.main(["--dataset", str(root), "--num-classes", "2", "--labeled", "2", "--out", str(tmp_path / f"run-{kind}"), *SMALL])
+        for sample in imas.find_data(settings(dataset=str(root), num_classes=2, batch=2, labeled="4"))[0]:
+            assert (np.asarray(imas.read_mask(sample, 2)) == np.asarray(Image.open(sample.mask)).reshape(24, 30, -1)[..., 0].astype(bool)).all()
+    assert len({str(rows(tmp_path / f"run-{kind}" / "log.csv")) for kind in ("bit", "grey", "colour")}) == 1       # they say the same
+
+
 def test_published_partition_is_taken_where_it_is_there(voc):
     partition = voc / "splits" / "3"
     partition.mkdir(parents=True)
@@ -1044,29 +1067,71 @@ def overwrite_mask(root, **how):
     Image.new(how.get("mode", "L"), how.get("size", image.size), how.get("value", 1)).save(path)
 
 
+def write(name, content):
+    """A change of the dataset: `content` into its file `name`."""
+    return lambda root: ((root / name).parent.mkdir(parents=True, exist_ok=True), (root / name).write_bytes(content))
+
+
+TRAIN, VAL = "ImageSets/Segmentation/train_aug.txt", "ImageSets/Segmentation/val.txt"
 MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
-    "no folder": (lambda r: (r / "JPEGImages").rename(r / "images"), "", ["JPEGImages", "--root"]),
+    "no folder": (lambda r: (r / "JPEGImages").rename(r / "images"), "", ["JPEGImages", "prepare.py voc", "--root"]),
+    "root that is not there": (None, "--root {r}/nowhere", ["nowhere", "--root"]),
+    "dataset that is not there": (None, "--dataset {r}/nowhere --root= --num-classes 2", ["nowhere", "README"]),
     "no image": (lambda r: (r / "JPEGImages/2007_000001.jpg").unlink(), "", ["2007_000001.jpg is missing"]),
     "no mask": (lambda r: (r / "SegmentationClass/2007_000001.png").unlink(), "--labeled {r}/ImageSets/Segmentation/train.txt", ["2007_000001.png is missing"]),
+    "no mask in val": (lambda r: (r / "SegmentationClass/val_1.png").unlink(), "", ["val_1.png is missing"]),
+    "many faults": (lambda r: [p.unlink() for p in (r / "JPEGImages").glob("2007*")], "", ["4 faults", "2007_000002.jpg"]),
     "size": (lambda r: overwrite_mask(r, size=(3, 4)), "--labeled 6", ["2007_000000.png is 3x4", "its image"]),
     "class": (lambda r: overwrite_mask(r, value=77), "--labeled 6", ["2007_000000.png", "class 77", "0 to 20"]),
     "mode": (lambda r: overwrite_mask(r, mode="RGB", value=(1, 2, 3)), "--labeled 6", ["2007_000000.png", "RGB", "palette"]),
-    "too many": (None, "--labeled 7", ["--labeled 7", "1 to 6"]),
+    "colour": (lambda r: (overwrite_mask(r, mode="RGB", value=(1, 2, 3)), (r / "labelmap.txt").write_text("# x\na:0,0,0::\nb:9,9,9::")),
+               "--labeled 6", ["2007_000000.png", "[1, 2, 3]", "labelmap.txt"]),
+    "no picture": (write("JPEGImages/2007_000001.jpg", b"no picture"), "", ["2007_000001.jpg", "no readable picture"]),
+    "picture cut off": (lambda r: [p.write_bytes(p.read_bytes()[:-400]) for p in (r / "JPEGImages").glob("2007*.jpg")], "", ["cannot decode", ".jpg"]),
+    "mask cut off": (lambda r: [p.write_bytes(p.read_bytes()[:-30]) for p in (r / "SegmentationClass").glob("2007*.png")], "", ["cannot decode", ".png"]),
+    "too many": (None, "--labeled 7", ["--labeled 7", "6 ids"]),
+    "none labeled": (None, "--labeled 0", ["--labeled 0", "6 ids", "at least 1"]),
     "none left": (None, "--labeled 6 --batch 8", ["6 unlabeled", "--batch"]),
-    "no labeled": (None, "--labeled=", ["--labeled"]),
-    "no list": (lambda r: (r / "ImageSets/Segmentation/val.txt").unlink(), "", ["val.txt"]),
-    "empty list": (lambda r: (r / "ImageSets/Segmentation/val.txt").write_text("\n"), "", ["val.txt holds no id"]),
+    "no --labeled": (None, "--labeled=", ["--labeled", "number"]),
+    "no such list": (None, "--labeled nowhere.txt", ["nowhere.txt", "No such file"]),
+    "empty labeled list": (write("mine.txt", b"\n\n"), "--labeled {r}/mine.txt", ["mine.txt", "no id"]),
+    "list of bytes": (write("mine.txt", b"\xff\xfe\x00"), "--labeled {r}/mine.txt", ["mine.txt", "cannot read"]),
+    "no list": (lambda r: (r / "ImageSets/Segmentation/val.txt").unlink(), "", ["val.txt", "No such file"]),
+    "empty list": (write(VAL, b"\n"), "", ["val.txt holds no id"]),
+    "id twice": (write(TRAIN, b"a\nb\na\n"), "", ["train_aug.txt", "line 3", "'a'"]),
+    "id in train and val": (write(VAL, b"2007_000003\n"), "", ["2007_000003", "val"]),
+    "id outside": (write(TRAIN, b"../../etc/passwd\n"), "", ["train_aug.txt", "line 1", "out of the dataset"]),
+    "absolute id": (write(TRAIN, b"a\n/etc/passwd.png\n"), "", ["train_aug.txt", "line 2", "out of the dataset"]),
     "backbone": (None, "--backbone vgg", ["vgg", "resnet50"]),
     "weights": (None, "--weights nowhere.pt", ["nowhere.pt", "--weights none"]),
+    "weights of another shape": (write("w.pt", b"junk"), "--weights {r}/w.pt", ["w.pt", "--weights none"]),
     "download": (None, "--weights imagenet --backbone resnet18", ["imagenet", "--weights none", "FILE"]),
     "share of one": (None, "--accumulate 4", ["--batch 4", "at least 2"]),
     "batch": (None, "--accumulate 3", ["--batch 4", "3 equal shares"]),
     "adapt": (None, "--adapt colour", ["--adapt colour", "intensity"]),
+    "method": (None, "--method magic", ["magic", "supervised"]),
     "flag": (None, "--labled 4", ["--labled"]),
+    "flag without value": (None, "--lr", ["--lr", "expected one argument"]),
     "number": (None, "--lr fast", ["--lr", "fast"]),
+    "not a number": (None, "--lr nan", ["--lr nan", "from 0"]),
+    "tau": (None, "--tau 1.5", ["--tau 1.5", "to 1"]),
+    "negative": (None, "--epochs -1", ["--epochs -1", "from 1"]),
+    "switch": (None, "--sliding yes", ["--sliding", "yes", "on/off"]),
+    "stride": (None, "--output-stride 4", ["--output-stride", "8, 16"]),
+    "scales": (None, "--min-scale 3", ["--min-scale 3", "--max-scale"]),
+    "warm-up": (None, "--warmup-epochs 9", ["--warmup-epochs 9", "--epochs"]),
     "background": (None, "--background 21", ["--background 21", "0 to 20"]),
+    "classes": (None, "--num-classes 1", ["--num-classes 1", "from 2"]),
     "device": (None, "--device tpu", ["--device tpu"]),
-    "checkpoint": (None, "--eval nowhere.pt", ["nowhere.pt"]),
+    "out in a file": (write("out", b""), "--out {r}/out/run", ["out/run", "--out"]),
+    "checkpoint": (None, "--eval nowhere.pt", ["nowhere.pt", "No such file"]),
+    "checkpoint cut off": (write("cut.pt", b"PK\x03\x04"), "--eval {r}/cut.pt", ["cut.pt", "not a whole checkpoint"]),
+    "plain state dict": (lambda r: torch.save({"conv.weight": torch.zeros(1)}, r / "x.pt"), "--eval {r}/x.pt", ["x.pt", "not a whole checkpoint"]),
+    "foreign settings": (lambda r: torch.save({"settings": {"speed": 3}, "teacher": {}}, r / "x.pt"), "--eval {r}/x.pt", ["x.pt", "not a whole checkpoint"]),
+    "other network": (lambda r: torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}}, r / "x.pt"), "--eval {r}/x.pt",
+                      ["x.pt", "--num-classes"]),
+    "resume from a best.pt": (lambda r: torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}}, r / "last.pt"), "--out {r} --resume",
+                              ["was begun with --"]),
 }
 
 
@@ -1077,8 +1142,10 @@ def test_mistake_is_told_in_one_line(name, voc, tmp_path, capsys, monkeypatch):
     change, flags, words = MISTAKES[name]
     if change:
         change(voc)
+    before = {p: p.read_bytes() for p in voc.rglob("*") if p.is_file()}
     with pytest.raises(SystemExit) as stop:
         imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, *flags.format(r=voc).split()])
+    assert before == {p: p.read_bytes() for p in voc.rglob("*") if p.is_file()}
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1 and line.startswith("imas.py: ")
     assert all(word in line for word in words), line
