@@ -122,7 +122,7 @@ PRESETS = {
     "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
                    width=64, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
     "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=8, labeled="16",
-                 lr=0.03, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=16, warmup_epochs=3, workers=0),
+                 lr=0.05, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=20, warmup_epochs=4, workers=0),
 }
 
 
@@ -684,7 +684,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
     records = []
     for share, images in batch.items():
         images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
-        views, targets = [normalize(images["image"])], []
+        views, targets = [normalize(images["image"])], [None]                # what the student sees; what the teacher says of it
         gamma = index = torch.empty(0, device=device)
         confident = fired = torch.zeros((), device=device)
 
@@ -700,9 +700,10 @@ def train_step(learner, batch, step, teacher_step, s, device):
             # Hardness: how far they disagree about it.
             gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)                  # [B]
             # The intensity view: strong colours, the less of them the harder the image.
-            views += [weak] if s.weak_in_batch else []
+            if s.weak_in_batch:
+                views, targets = views + [weak], targets + [None]
             views += [adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong]
-            targets += [(pseudo_label, confidence, valid)]
+            targets += [{"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}]
             # The CutMix view: made the more often the easier the batch is; hard images are mixed with easy ones.
             generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
             chance = (1 - gamma).mean().cpu() if "cutmix" in adapt else 0.5                   # the host waits for the device
@@ -710,7 +711,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
                 partner = pair_hard_easy(gamma) if "cutmix" in adapt else torch.randperm(len(weak), generator=generator).to(device)
                 box = cutmix_boxes(len(weak), *weak.shape[2:], generator).to(device, non_blocking=True)
                 views += [torch.where(box.unsqueeze(1), weak[partner], weak)]
-                targets += [[torch.where(box, x[partner], x) for x in targets[0]]]
+                targets += [{name: torch.where(box, x[partner], x) for name, x in targets[-1].items()}]
                 fired = torch.ones((), device=device)
             confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
 
@@ -726,8 +727,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
             if s.aux_weight:
                 loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
             weight = gamma if "loss" in adapt else None
-            losses_u = [consistency_loss(view, pseudo_label, confidence, s.tau, weight, valid)
-                        for view, (pseudo_label, confidence, valid) in zip(reversed(logits), reversed(targets))]
+            losses_u = [consistency_loss(view, **target, tau=s.tau, gamma=weight) for view, target in zip(logits, targets) if target]
             loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
             scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
         measured = torch.stack([loss_x.detach(), loss_u.detach(), gamma.sum() / max(len(gamma), 1), confident, fired])

@@ -814,6 +814,24 @@ def test_prepare_tells_what_it_cannot_do_in_one_line(prepare, server, tmp_path, 
     assert (tmp_path / "splits/1488/unlabeled.txt").read_bytes() == b"x"
 
 
+def test_readme_shows_the_presets():
+    """Every value of the README's table of settings is the preset's, and every setting that a preset changes is in it."""
+    table = [[cell.strip(" `") for cell in line.strip("|\n").split("|")] for line in (HERE / "README.md").read_text().splitlines() if line.startswith("|")]
+    start = next(i for i, row in enumerate(table) if row[0] == "setting")
+    names, shown = table[start][1:], {}
+    for row in table[start + 2:]:
+        if row[0] not in {f.name for f in dataclasses.fields(imas.Settings)}:
+            break
+        shown[row[0]] = row[1:]
+    assert names[:-1] == list(imas.PRESETS) and {k for p in imas.PRESETS.values() for k in p} <= {*shown, "labeled", "workers"}
+    for column, name in enumerate(names):
+        preset = imas.Settings(**imas.PRESETS.get(name, {}))
+        for setting, cells in shown.items():
+            value = getattr(preset, setting)
+            text = {True: "on", False: "off"}[value] if isinstance(value, bool) else "none" if value is None else str(value)
+            assert cells[column] == ("to be given" if name not in imas.PRESETS and setting == "num_classes" else text), (name, setting)
+
+
 # Stopped, killed, resumed ------------------------------------------------------------------------------------------------
 
 NURSERY = """
