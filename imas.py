@@ -89,7 +89,7 @@ class Settings:
     weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a file with the backbone's state dict")
     output_stride: int = option(16, "8 is finer, and about three times slower", choices=(8, 16))
     width: int = option(256, "channels of ASPP and decoder", low=1)
-    base_size: int = option(0, "long side in pixels before scaling; 0: each image's own", low=0)
+    base_size: int = option(0, "long side in pixels before scaling, in training; 0: each image's own", low=0)
     min_scale: float = option(0.5, "weak augmentation scales by a factor from here ...", low=0.01)
     max_scale: float = option(2.0, "... to here", low=0.01)
     crop: int = option(513, "side of the square training crop in pixels; a multiple of the output stride plus 1 fits align_corners", low=16)
@@ -111,7 +111,7 @@ class Settings:
     eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     save_every: float = option(30.0, "minutes between two checkpoints, besides the one after each epoch", low=0.0)
     workers: int = option(4, "loader processes per training process", low=0)
-    seed: int = option(0, "of every draw; another seed draws other labeled images too", low=0)
+    seed: int = option(0, "of every draw, that of the labeled images by --labeled N too", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
 
 
@@ -121,8 +121,8 @@ PRESETS = {
                        ohem=True, aux_weight=0.4, sliding=True),
     "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
                    width=64, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
-    "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=8, labeled="16",
-                 lr=0.05, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=20, warmup_epochs=4, workers=0),
+    "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, labeled="16",
+                 lr=0.03, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
 }
 
 
@@ -133,14 +133,11 @@ def check_settings(s):
         if low is not None and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high:g}")
     unknown = set(s.adapt.split(",")) - {"intensity", "cutmix", "loss", "none"}
-    shares = world() * s.accumulate
     for wrong, line in (
             (unknown, f"--adapt {s.adapt}: a comma-separated choice of intensity, cutmix, loss; or none"),
             (s.background is not None and not 0 <= s.background < s.num_classes,
              f"--background {s.background}: a class from 0 to {s.num_classes - 1}, or none"),
             (s.min_scale > s.max_scale, f"--min-scale {s.min_scale} is above --max-scale {s.max_scale}"),
-            (s.batch % shares, f"--batch {s.batch} cannot be cut into {shares} equal shares (processes x --accumulate)"),
-            (s.batch < 2 * shares, f"--batch {s.batch} in {shares} shares (processes x --accumulate): a share needs at least 2 images"),
             (s.warmup_epochs > s.epochs, f"--warmup-epochs {s.warmup_epochs} is more than --epochs {s.epochs}")):
         if wrong:
             raise UserError(line)
@@ -284,15 +281,15 @@ def read_mask(sample, num_classes):
     """The mask of `sample` as a PIL image whose pixels are class indices, 0..num_classes-1 or 255.
 
     The stored index is the class. The mode is never converted: a palette turned into luminance is garbage. A mask in colours is
-    read by the dataset's labelmap.txt ("name:r,g,b" a line, from class 0 on), one of 0 and 255 alone, for 2 classes, as 0 and 1.
+    read by the dataset's labelmap.txt ("name:r,g,b" a line, from class 0 on), a grey one of 0 and 255 alone, for 2 classes, as 0 and 1.
     """
     try:
         with Image.open(sample.mask) as mask:
             mode, labels = mask.mode, np.array(mask)
     except Exception as error:
         raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
-    labelmap = next((folder / "labelmap.txt" for folder in sample.mask.parents if (folder / "labelmap.txt").is_file()), None)
-    if mode in ("RGB", "RGBA") and labelmap:
+    labelmap = sample.mask.parents[sample.id.count("/") + 1] / "labelmap.txt"
+    if mode in ("RGB", "RGBA") and labelmap.is_file():
         colours = [line.split(":")[1].split(",") for line in labelmap.read_text().splitlines() if line.count(":") and line[0] != "#"]
         equal = (labels[:, :, None, :3] == np.array(colours, int)).all(3)                # [H, W, colours]
         if not equal.any(2).all():
@@ -300,7 +297,7 @@ def read_mask(sample, num_classes):
         labels = equal.argmax(2).astype(np.uint8)
     elif mode not in ("P", "L", "1"):
         raise UserError(f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG, or add a labelmap.txt")
-    elif num_classes == 2 and set(np.unique(labels)) <= {0, 255}:
+    elif mode == "L" and num_classes == 2 and set(np.unique(labels)) <= {0, 255}:
         labels = labels.astype(bool)
     if sample.mask.name.endswith("_labelIds.png"):
         train_id = {c.id: c.train_id for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < num_classes}
@@ -459,7 +456,7 @@ class DeepLabV3Plus(nn.Module):
         net = self.backbone
         low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))              # [B, low, H/4, W/4]
         mid = net.layer3(net.layer2(low))
-        high = self.aspp(net.layer4(mid))                                                # [B, width, H/16, W/16]
+        high = self.aspp(net.layer4(mid))                                                # [B, width, H/stride, W/stride]
         logits = self.decoder(torch.cat([upsample(high, low), self.low_level(low)], 1))  # [B, C, H/4, W/4]
         if self.aux is not None and self.training:
             return upsample(logits, images), upsample(self.aux(mid), images)
@@ -525,18 +522,20 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
     background                       class left out of w, or None
     valid                            bool [B, H, W]: pixels that exist; None: all. Shares are shares of these.
     Returns float32 [B] in [0, 1], 1 = hardest. (The released code calls 1 - gamma "hardness".) wIoU is 0 where r predicts
-    background alone, so gamma is then 1; likewise for an image without a valid pixel. RuntimeError if shapes disagree.
+    background alone, so gamma is then 1; likewise for an image without a valid pixel. ValueError if shapes disagree.
     """
+    if student_logits.shape != teacher_logits.shape:
+        raise ValueError(f"logits of shapes {tuple(student_logits.shape)} and {tuple(teacher_logits.shape)}")
     B, C = student_logits.shape[:2]
     valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool) if valid is None else valid
 
-    def look(logits):                                                # -> rho [B], argmax [B, H, W]
+    def share_and_label(logits):                                     # -> rho [B], argmax [B, H, W]
         top, label = logits.float().max(1)
         confidence = (top - logits.float().logsumexp(1)).exp()       # the highest probability of the softmax
         rho = ((confidence >= tau) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
         return rho, label
 
-    (rho_s, label_s), (rho_t, label_t) = look(student_logits), look(teacher_logits)
+    (rho_s, label_s), (rho_t, label_t) = share_and_label(student_logits), share_and_label(teacher_logits)
     image = torch.arange(B, device=valid.device).view(B, 1, 1)
     cell = ((image * C + label_t) * C + label_s).flatten()
     count = torch.zeros(B * C * C, dtype=torch.int64, device=valid.device).scatter_add_(0, cell, valid.flatten().long())
@@ -643,8 +642,8 @@ def update_teacher(teacher, student, step, decay):
 
     teacher, student  modules of the same shape; parameters and BatchNorm's running statistics alike are averaged, integer
                       buffers copied
-    step              optimizer steps since the teacher started; at 0 alpha is 0 and the teacher becomes the student
-    decay             in [0, 1]. ValueError if the two modules do not have the same entries.
+    step              optimizer steps since the end of the warm-up; at 0 alpha is 0 and the teacher becomes the student
+    decay             in [0, 1]. ValueError if the two modules do not have as many entries.
     """
     alpha = min(1 - 1 / (step + 1), decay)
     pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
@@ -675,8 +674,9 @@ def train_step(learner, batch, step, teacher_step, s, device):
 
     batch         this process's shares of the step: {number of the share: item of TrainingShares}
     step          number of the step from 0; seeds CutMix
-    teacher_step  steps since the teacher started, 0 while it is to be the student (see update_teacher)
-    Returns a list with one record a share: (step, share, the MEASURED float [5], indices [B] and gamma [B] of its images).
+    teacher_step  steps since the end of the warm-up, 0 while the teacher is to be the student (see update_teacher)
+    The loss is L_x + lambda_u L_u, with L_u the intensity view's consistency loss, or the mean of both views' where CutMix fired.
+    Returns a list with one record a share: (step, share, the MEASURED float [5], indices [B] and gamma [B] of its unlabeled images).
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
     adapt = "none" if s.method == "uniform" else s.adapt     # the parts that follow hardness
@@ -703,15 +703,16 @@ def train_step(learner, batch, step, teacher_step, s, device):
             if s.weak_in_batch:
                 views, targets = views + [weak], targets + [None]
             views += [adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong]
-            targets += [{"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}]
-            # The CutMix view: made the more often the easier the batch is; hard images are mixed with easy ones.
+            target = {"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}
+            targets += [target]
+            # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
             generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
             chance = (1 - gamma).mean().cpu() if "cutmix" in adapt else 0.5                   # the host waits for the device
             if torch.rand((), generator=generator) < chance:
                 partner = pair_hard_easy(gamma) if "cutmix" in adapt else torch.randperm(len(weak), generator=generator).to(device)
                 box = cutmix_boxes(len(weak), *weak.shape[2:], generator).to(device, non_blocking=True)
                 views += [torch.where(box.unsqueeze(1), weak[partner], weak)]
-                targets += [{name: torch.where(box, x[partner], x) for name, x in targets[-1].items()}]
+                targets += [{name: torch.where(box, x[partner], x) for name, x in target.items()}]
                 fired = torch.ones((), device=device)
             confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
 
@@ -726,8 +727,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
             loss_x = labeled_loss(logits[0], label)
             if s.aux_weight:
                 loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
-            weight = gamma if "loss" in adapt else None
-            losses_u = [consistency_loss(view, **target, tau=s.tau, gamma=weight) for view, target in zip(logits, targets) if target]
+            losses_u = [consistency_loss(view, **target, tau=s.tau, gamma=gamma if "loss" in adapt else None) for view, target in zip(logits, targets) if target]
             loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
             scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
         measured = torch.stack([loss_x.detach(), loss_u.detach(), gamma.sum() / max(len(gamma), 1), confident, fired])
@@ -807,17 +807,18 @@ def evaluate(model, samples, s, device):
 
     Pictures are looked at one by one and whole, each by one process, so that the number of processes changes nothing.
     """
-    confusion, trouble = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device), None
-    load = functools.partial(load_whole, num_classes=s.num_classes)
-    try:
-        for image, label in DataLoader(samples[rank()::world()], batch_size=None, collate_fn=load, num_workers=s.workers,
-                                       pin_memory=device.type == "cuda"):
+    confusion = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device)
+    load = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers load them
+    loader = DataLoader(samples[rank()::world()], batch_size=None, collate_fn=load, num_workers=s.workers,
+                        worker_init_fn=leave_ctrl_c_to_parent, pin_memory=device.type == "cuda")
+
+    def count():
+        for image, label in loader:
             with autocast(device):
                 probabilities = predict(model, normalize(image.to(device, non_blocking=True)), s)
-            confusion += confusion_matrix(probabilities.argmax(1), label.to(device, non_blocking=True), s.num_classes)
-    except UserError as error:
-        trouble = error
-    raise_together(trouble)
+            confusion.add_(confusion_matrix(probabilities.argmax(1), label.to(device, non_blocking=True), s.num_classes))
+
+    together(count)
     if world() > 1:
         dist.all_reduce(confusion)
     return confusion
@@ -843,10 +844,16 @@ def gather(thing):
     return things
 
 
-def raise_together(trouble):
-    """Raise the first UserError of any process on all of them; `trouble` is this process's, or None."""
-    for error in filter(None, gather(trouble and str(trouble))):
-        raise UserError(error)
+def together(act):
+    """act() of every process; if one of them raises UserError, so do all."""
+    result = trouble = None
+    try:
+        result = act()
+    except UserError as error:
+        trouble = str(error)
+    for line in filter(None, gather(trouble)):
+        raise UserError(line)
+    return result
 
 
 def set_up_device(name):
@@ -854,13 +861,14 @@ def set_up_device(name):
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
+        if name == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
+            raise RuntimeError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:                   # torch has several for "no such device"
         raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")           # TF32 for what autocast leaves in float32
         torch.backends.cudnn.allow_tf32 = True
     if world() > 1 and not dist.is_initialized():
@@ -915,17 +923,17 @@ def save_rows(path, header, rows):
 
 
 def claim(out):
-    """Make the folder `out` this run's own: (the open file that holds the claim, None), or (None, what is in the way)."""
+    """Make the folder `out` this run's own, as long as the file returned is open; UserError if another run is alive in it."""
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / "lock", "w")
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file, None
+        return file
     except BlockingIOError:
-        return None, f"another run is alive in {out}: wait for it, or choose another --out"
+        raise UserError(f"another run is alive in {out}: wait for it, or choose another --out") from None
     except OSError as error:
-        return None, f"cannot use the folder {out} ({error}): choose another --out"
+        raise UserError(f"cannot use the folder {out} ({error}): choose another --out") from None
 
 
 LOOK_EVERY = 10                                              # steps between two looks at the records
@@ -933,18 +941,22 @@ LOOK_EVERY = 10                                              # steps between two
 
 def train(s, device, resume):
     """Train by the Settings `s`, from the start or from where the run in the folder s.out stopped."""
-    labeled, unlabeled, validation, note = find_data(s)
     out, shares = Path(s.out), world() * s.accumulate
+    if s.batch % shares or s.batch < 2 * shares:
+        raise UserError(f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
+    labeled, unlabeled, validation, note = together(lambda: find_data(s))
     steps = len(unlabeled) // s.batch                        # an epoch
     total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
     if not resume and gather((out / "settings.json").exists())[0]:
         raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    lock, trouble = claim(out) if rank() == 0 else (None, None)              # held as long as this function runs
-    raise_together(trouble)
+    lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
+    found = gather(resume and (out / "last.pt").exists())
+    if any(found) != all(found):
+        raise UserError(f"not every process finds {out / 'last.pt'}: --out must lie on a disk that all machines share")
     learner = build_learner(s, device, total)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history = 0, -1.0, []                        # steps, mIoU, and the epoch's records so far
-    if (out / "last.pt").exists() and resume:
+    if all(found):
         state = load_checkpoint(out / "last.pt", "shares", "step", "best", "history", "sizes", *parts)
         if state["shares"] != shares:
             raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
@@ -957,7 +969,7 @@ def train(s, device, resume):
             os.truncate(out / name, min(sizes.get(name, 0), (out / name).stat().st_size))
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
     batches = iter(DataLoader(TrainingShares(labeled, unlabeled, s), batch_size=None, sampler=keys, num_workers=s.workers,
-                              worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
+                              worker_init_fn=leave_ctrl_c_to_parent, pin_memory=device.type == "cuda"))
 
     def save_state():
         if rank() == 0:
@@ -970,7 +982,9 @@ def train(s, device, resume):
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
               f"{s.batch // shares} + {s.batch // shares} images, on {device}, {f'from step {done} on, ' if done else ''}into {out}", flush=True)
-    stopped, fresh, begun, first = catch_signals(), [], time.monotonic(), done
+    stopped, fresh, begun, first = [], [], time.monotonic(), done
+    for number in (signal.SIGTERM, signal.SIGINT):           # the same signal a second time does what it always does
+        signal.signal(number, lambda number, frame: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
     epoch_begun = saved = begun
     while True:
         # Between two steps. What one process has met, all act on.
@@ -993,13 +1007,9 @@ def train(s, device, resume):
             saved = time.monotonic()
         if done == total:
             break
-        batch, trouble = {}, None
-        try:
-            batch = {share: next(batches) for share in mine}
-        except UserError as error:
-            trouble = error
-        raise_together(trouble)
+        batch = together(lambda: {share: next(batches) for share in mine})
         epoch = done // steps
+        # Through the first epoch with unlabeled images, too, the teacher is the student, as in the released code.
         teacher_step = done - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
         fresh += train_step(learner, batch, done, teacher_step, s, device)
         done += 1
@@ -1024,7 +1034,7 @@ def end_epoch(done, steps, history, best, learner, unlabeled, validation, s, dev
         tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
         if miou > best:
             save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
-    return miou if miou > best else best                     # NaN, not evaluated, is not better
+    return max(best, miou)                                   # in this order NaN, not evaluated, is not better
 
 
 def look(fresh, s, labeled, unlabeled, shares, place, seconds, left):
@@ -1054,21 +1064,8 @@ def tell(line, last):
 tell.time = 0.0
 
 
-def catch_signals():
-    """From now on SIGTERM and SIGINT are put into the list returned; the same signal a second time does what it always does."""
-    caught = []
-
-    def catch(number, frame):
-        caught.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, catch)
-    return caught
-
-
-def leave_signals_to_parent(worker):
-    """In a loader's worker: Ctrl-C, which reaches all, is for its parent to act on."""
+def leave_ctrl_c_to_parent(worker):
+    """In a loader's worker: Ctrl-C, which reaches all processes, is for its parent to act on; SIGTERM ends it as ever."""
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
@@ -1152,6 +1149,7 @@ def score(s, checkpoint, device):
 
 def main(argv=None):
     """Do what the command line `argv` says (None: this process's own). A mistake in it ends in SystemExit(2) after one line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         s, checkpoint, resume = parse(argv)
         device = set_up_device(s.device)
@@ -1165,6 +1163,8 @@ def main(argv=None):
             print("imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
         raise SystemExit(2) from None
     finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
         if dist.is_initialized():
             dist.destroy_process_group()
 

@@ -1,6 +1,6 @@
 """Puts a dataset under data/NAME in the layout that imas.py reads.
 
-    python data/prepare.py demo              draws 500 small scenes (a few seconds, nothing is downloaded)
+    python data/prepare.py demo              draws 244 small scenes (a few seconds, nothing is downloaded)
     python data/prepare.py voc               PASCAL VOC 2012 (2 GB) and the published partitions
     python data/prepare.py voc --blended     with SBD's masks besides (1.4 GB more; needs scipy)
     python data/prepare.py cityscapes        the published partitions; Cityscapes itself asks for a registration
@@ -177,7 +177,7 @@ def camvid(root):
 # Each class has an outline, a typical hue and a typical texture. Hues spread so widely that neighbours on the colour
 # circle overlap, and one object in seven wears another class's texture: no single cue gives the class, all together do.
 DEMO_CLASSES = ("background", "disc", "square", "triangle", "cross", "ring")
-SIZE, TRAIN, VAL = 64, 400, 100
+SIZE, TRAIN, VAL = 64, 144, 100
 
 
 def polygon(class_id, centre, radius, angle):
