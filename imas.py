@@ -122,7 +122,7 @@ PRESETS = {
     "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
                    width=64, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
     "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, labeled="16",
-                 lr=0.03, head_lr=1.0, tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
+                 lr=0.03, head_lr=1.0, tau=0.8, lambda_u=0.5, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
 }
 
 
