@@ -810,7 +810,7 @@ def evaluate(model, samples, s, device):
     confusion = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device)
     load = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers load them
     loader = DataLoader(samples[rank()::world()], batch_size=None, collate_fn=load, num_workers=s.workers,
-                        worker_init_fn=leave_ctrl_c_to_parent, pin_memory=device.type == "cuda")
+                        worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda")
 
     def count():
         for image, label in loader:
@@ -969,7 +969,7 @@ def train(s, device, resume):
             os.truncate(out / name, min(sizes.get(name, 0), (out / name).stat().st_size))
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
     batches = iter(DataLoader(TrainingShares(labeled, unlabeled, s), batch_size=None, sampler=keys, num_workers=s.workers,
-                              worker_init_fn=leave_ctrl_c_to_parent, pin_memory=device.type == "cuda"))
+                              worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
 
     def save_state():
         if rank() == 0:
@@ -1064,10 +1064,10 @@ def tell(line, last):
 tell.time = 0.0
 
 
-def leave_ctrl_c_to_parent(worker):
-    """In a loader's worker: Ctrl-C, which reaches all processes, is for its parent to act on; SIGTERM ends it as ever."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+def leave_signals_to_parent(worker):
+    """In a loader's worker: Ctrl-C and torchrun's SIGTERM reach all processes; its parent acts on them, and ends it in `main`."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # 11 ----------------------------------------------------------------------------------------------- the command line ---
@@ -1163,6 +1163,10 @@ def main(argv=None):
             print("imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
         raise SystemExit(2) from None
     finally:
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's handler would raise when a loader's worker is ended
+        for worker in torch.multiprocessing.active_children():
+            worker.kill()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
