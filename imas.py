@@ -110,7 +110,7 @@ class Settings:
     weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see train_step); off saves a fifth of the time")
     eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     save_every: float = option(30.0, "minutes between two checkpoints, besides the one after each epoch", low=0.0)
-    workers: int = option(4, "loader processes per training process", low=0)
+    workers: int = option(4, "loader processes per training process, at most one a core", low=0)
     seed: int = option(0, "of every draw, that of the labeled images by --labeled N too", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
 
@@ -1113,6 +1113,7 @@ def parse(argv):
             if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate"):
                 raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {saved[name]}, not {value}: leave it away, or choose another --out")
     check_settings(s)
+    s.workers = min(s.workers, os.cpu_count() or 1)
     return s, checkpoint, resume
 
 
