@@ -211,6 +211,8 @@ def find_data(s):
         raise UserError("--labeled is missing: a number of images, or a file with their ids")
     if s.labeled.isdecimal() and (published / "labeled.txt").is_file():
         labeled, note = read_ids(published / "labeled.txt"), f"the published partition in {published}"
+        if s.dataset == "voc" and (own := data_root(s) / "ImageSets" / "Segmentation" / "train.txt").is_file():
+            note += f", {'classic' if set(labeled) <= set(read_ids(own)) else 'blended'} protocol"
         path = published / "unlabeled.txt"
         pool, path = (read_ids(path), path) if path.is_file() else list_ids(s, "train")
     elif s.labeled.isdecimal():

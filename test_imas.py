@@ -758,7 +758,10 @@ def test_prepared_voc_trains(prepare, server, published, tmp_path, capsys):
     assert len([path for path, _ in server.asked if path == "/voc.tar"]) == 1
     imas.main(["--dataset", "voc", "--root", str(root), "--labeled", "183", "--out", str(tmp_path / "run"), *SMALL, "--epochs", "1"])
     told = capsys.readouterr().out
-    assert "3 labeled images (the published partition" in told and "7 unlabeled" in told
+    assert "3 labeled images (the published partition" in told and "classic protocol" in told and "7 unlabeled" in told
+    (root / "ImageSets/Segmentation/train.txt").write_text(published[0])
+    s = settings(dataset="voc", root=str(root), labeled="183", batch=2, num_classes=21)
+    assert imas.find_data(s)[3].endswith("blended protocol")
 
 
 def test_prepared_blended_voc_has_sbd_masks_where_voc_has_none(prepare, server, published, tmp_path, monkeypatch):
