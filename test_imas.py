@@ -23,6 +23,8 @@ import time
 import zipfile
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"              # here and in the processes started: sums depend on the number of threads
+
 import numpy as np
 import pytest
 import torch
@@ -423,7 +425,7 @@ def rows(path):
 def launch(arguments, processes=1, script=HERE / "imas.py", **more):
     """Run a script in processes of its own, one thread each."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else [sys.executable]
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return subprocess.run([*command, str(script), *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300, **more)
 
 
@@ -931,9 +933,8 @@ def command(voc, out, *flags):
 def test_sigterm_to_torchrun_saves_and_ends(voc, tmp_path):
     flags = ("--epochs", "30", "--workers", "1")
     launch(command(voc, tmp_path / "straight", *flags), 2)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     running = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(HERE / "imas.py"),
-                                *command(voc, tmp_path / "stopped", *flags)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+                                *command(voc, tmp_path / "stopped", *flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     while not (tmp_path / "stopped/log.csv").exists():
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
