@@ -8,6 +8,8 @@ Zhao et al., CVPR 2023, arXiv 2211.11335. Read it from top to bottom beside the 
     torchrun --nnodes 2 --nproc-per-node 4 --rdzv-backend c10d --rdzv-endpoint HOST:29500 imas.py ...   on two machines
     python imas.py --dataset PATH --num-classes N --labeled N   your own pictures, in VOC's folder layout
     python imas.py --eval runs/demo-16-imas-0/best.pt           score a checkpoint
+    python imas.py --predict FOLDER --checkpoint runs/demo-16-imas-0/best.pt --out MASKS     label any pictures
+    python imas.py --plot runs/A runs/B                         compare runs in one picture
 
 A network, the student, learns from a few labeled images and many unlabeled ones. For the unlabeled ones a second network
 of the same shape, the teacher, makes up the labels; its weights are the running mean of the student's. Where the two
@@ -24,6 +26,9 @@ import copy
 import csv
 import dataclasses
 import functools
+import glob
+import io
+import itertools
 import json
 import math
 import os
@@ -47,19 +52,23 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
-from PIL import ExifTags, Image, ImageEnhance, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 from torch import nn
 from torch.utils.data import DataLoader
 from torchvision.models.resnet import BasicBlock, ResNet
+from torchvision.models.segmentation import DeepLabV3_ResNet50_Weights
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.transforms.functional import adjust_hue, pil_to_tensor
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms.functional import adjust_hue, pil_to_tensor, to_pil_image
+from torchvision.utils import draw_bounding_boxes, make_grid
 
 HERE = Path(__file__).resolve().parent
 IMAGE_ENDINGS = (".jpg", ".png", ".jpeg")
 IGNORE = 255                                     # the label of pixels that no loss and no score looks at
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as torchvision's weights expect
 MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
+CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]        # in the order of train_id
 
 
 class UserError(Exception):
@@ -84,6 +93,7 @@ class Settings:
                          choices=("imas", "uniform", "supervised"))
     adapt: str = option("intensity,cutmix,loss", "which parts follow hardness: any of these three, or none (for ablations)")
     num_classes: int = option(0, "classes in the masks, the background included; 255 is ignored", low=2, high=255)
+    class_names: str = option("", "their names for tables and pictures, from class 0 on: sky,road,...")
     background: int | None = option(0, "the class left out of hardness because it fills every image, or none")
     backbone: str = option("resnet50", "resnet8 is the demo's", choices=("resnet8", "resnet18", "resnet34", "resnet50", "resnet101"))
     weights: str = option("imagenet", "imagenet (downloaded by torchvision), none, or a file with the backbone's state dict")
@@ -116,12 +126,13 @@ class Settings:
 
 
 PRESETS = {
-    "voc": dict(num_classes=21, backbone="resnet101", base_size=500),
-    "cityscapes": dict(num_classes=19, base_size=2048, crop=769, lr=0.01, head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7,
+    "voc": dict(num_classes=21, backbone="resnet101", base_size=500,
+                class_names=",".join(c.strip("_") for c in DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])),
+    "cityscapes": dict(num_classes=19, class_names=",".join(c.name for c in CITYSCAPES), base_size=2048, crop=769, lr=0.01, head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7,
                        ohem=True, aux_weight=0.4, sliding=True),
-    "camvid": dict(num_classes=11, background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
+    "camvid": dict(num_classes=11, class_names="sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist", background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
                    width=64, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
-    "demo": dict(num_classes=6, backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, labeled="16",
+    "demo": dict(num_classes=6, class_names="background,disc,square,triangle,cross,ring", backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, labeled="16",
                  lr=0.03, head_lr=1.0, tau=0.8, lambda_u=0.5, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
 }
 
@@ -137,6 +148,8 @@ def check_settings(s):
             (unknown, f"--adapt {s.adapt}: a comma-separated choice of intensity, cutmix, loss; or none"),
             (s.background is not None and not 0 <= s.background < s.num_classes,
              f"--background {s.background}: a class from 0 to {s.num_classes - 1}, or none"),
+            (s.class_names and len(s.class_names.split(",")) != s.num_classes,
+             f"--class-names {s.class_names}: {len(s.class_names.split(','))} names for {s.num_classes} classes"),
             (s.min_scale > s.max_scale, f"--min-scale {s.min_scale} is above --max-scale {s.max_scale}"),
             (s.warmup_epochs > s.epochs, f"--warmup-epochs {s.warmup_epochs} is more than --epochs {s.epochs}")):
         if wrong:
@@ -268,41 +281,34 @@ def find_samples(s, ids, with_masks):
     return samples
 
 
-def read_image(sample):
-    """The picture of `sample` as a PIL image in RGB, turned as its camera says."""
+def read_image(path):
+    """The picture in the file `path` as a PIL image in RGB, turned as its camera says."""
     try:
-        with Image.open(sample.image) as image:
+        with Image.open(path) as image:
             if image.mode[0] in "IF":                        # 16 or 32 bits, whose range Pillow does not convert
                 raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
             return ImageOps.exif_transpose(image).convert("RGB")
     except Exception as error:
-        raise UserError(f"cannot decode {sample.image} ({error}): replace it, or remove its id from the lists") from None
+        raise UserError(f"cannot decode {path} ({error}): replace it, or leave it out") from None
 
 
 def read_mask(sample, num_classes):
     """The mask of `sample` as a PIL image whose pixels are class indices, 0..num_classes-1 or 255.
 
-    The stored index is the class. The mode is never converted: a palette turned into luminance is garbage. A mask in colours is
-    read by the dataset's labelmap.txt ("name:r,g,b" a line, from class 0 on), a grey one of 0 and 255 alone, for 2 classes, as 0 and 1.
+    The stored index is the class. The mode is never converted: a palette turned into luminance is garbage.
     """
     try:
         with Image.open(sample.mask) as mask:
             mode, labels = mask.mode, np.array(mask)
     except Exception as error:
         raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
-    labelmap = sample.mask.parents[sample.id.count("/") + 1] / "labelmap.txt"
-    if mode in ("RGB", "RGBA") and labelmap.is_file():
-        colours = [line.split(":")[1].split(",") for line in labelmap.read_text().splitlines() if line.count(":") and line[0] != "#"]
-        equal = (labels[:, :, None, :3] == np.array(colours, int)).all(3)                # [H, W, colours]
-        if not equal.any(2).all():
-            raise UserError(f"the mask {sample.mask} has the colour {labels[~equal.any(2)][0][:3].tolist()}, which {labelmap} does not name")
-        labels = equal.argmax(2).astype(np.uint8)
-    elif mode not in ("P", "L", "1"):
-        raise UserError(f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG, or add a labelmap.txt")
-    elif mode == "L" and num_classes == 2 and set(np.unique(labels)) <= {0, 255}:
-        labels = labels.astype(bool)
+    if mode not in ("P", "L", "1"):
+        raise UserError(f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG")
+    if mode == "L" and num_classes == 2 and set(np.unique(labels)) == {0, IGNORE}:
+        raise UserError(f"the mask {sample.mask} holds 0 and {IGNORE} alone, and {IGNORE} is ignored: store class 1 as 1 "
+                        f"(if it is meant so, save the mask as a palette PNG)")
     if sample.mask.name.endswith("_labelIds.png"):
-        train_id = {c.id: c.train_id for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < num_classes}
+        train_id = {c.id: c.train_id for c in CITYSCAPES}
         labels = np.array([train_id.get(k, IGNORE) for k in range(256)], np.uint8)[labels]
     wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
     if wrong.size:
@@ -372,7 +378,7 @@ class TrainingShares:
     def load(self, stream, epoch, position, index):
         """The tensors of one image. Pixels stay uint8 until they are on the device."""
         sample, s, rng = self.samples[stream][index], self.s, np.random.default_rng((self.s.seed, epoch, stream, position))
-        image = read_image(sample)
+        image = read_image(sample.image)
         mask = read_mask(sample, s.num_classes) if stream == LABELED else Image.new("L", image.size)
         weak, mask = weak_augment(image, mask, s, rng)
 
@@ -414,7 +420,7 @@ def without_unlabeled(s, epoch):
 
 def load_whole(sample, num_classes):
     """A whole picture, uint8 [1, 3, H, W], and its mask, uint8 [1, H, W]."""
-    return pil_to_tensor(read_image(sample))[None], pil_to_tensor(read_mask(sample, num_classes))
+    return pil_to_tensor(read_image(sample.image))[None], pil_to_tensor(read_mask(sample, num_classes))
 
 
 def normalize(images):
@@ -681,7 +687,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
     Returns a list with one record a share: (step, share, the MEASURED float [5], indices [B] and gamma [B] of its unlabeled images).
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
-    adapt = "none" if s.method == "uniform" else s.adapt     # the parts that follow hardness
+    adapt = adapted_parts(s)
     labeled_loss = functools.partial(ohem_cross_entropy, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss
     records = []
     for share, images in batch.items():
@@ -708,11 +714,9 @@ def train_step(learner, batch, step, teacher_step, s, device):
             target = {"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}
             targets += [target]
             # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
-            generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
-            chance = (1 - gamma).mean().cpu() if "cutmix" in adapt else 0.5                   # the host waits for the device
-            if torch.rand((), generator=generator) < chance:
-                partner = pair_hard_easy(gamma) if "cutmix" in adapt else torch.randperm(len(weak), generator=generator).to(device)
-                box = cutmix_boxes(len(weak), *weak.shape[2:], generator).to(device, non_blocking=True)
+            drawn = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                 # the host waits for the device
+            if drawn:
+                partner, box = (x.to(device, non_blocking=True) for x in drawn)               # [B], [B, H, W]
                 views += [torch.where(box.unsqueeze(1), weak[partner], weak)]
                 targets += [{name: torch.where(box, x[partner], x) for name, x in target.items()}]
                 fired = torch.ones((), device=device)
@@ -742,6 +746,24 @@ def train_step(learner, batch, step, teacher_step, s, device):
     average_running_statistics(student)
     update_teacher(teacher, student, teacher_step, s.ema_decay)
     return records
+
+
+def adapted_parts(s):
+    """Which of intensity, cutmix, loss follow hardness."""
+    return "none" if s.method == "uniform" else s.adapt
+
+
+def draw_cutmix(gamma, height, width, step, share, s):
+    """The partners [B] and the boxes bool [B, height, width] of a share's CutMix view, or None where it is not made.
+
+    gamma: [B] on the CPU. The draws are seeded by (s.seed, step, share) and come in the order coin, partners, boxes.
+    """
+    generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
+    adaptive = "cutmix" in adapted_parts(s)
+    if torch.rand((), generator=generator) >= ((1 - gamma).mean() if adaptive else 0.5):
+        return None
+    partner = pair_hard_easy(gamma) if adaptive else torch.randperm(len(gamma), generator=generator)
+    return partner, cutmix_boxes(len(gamma), height, width, generator)
 
 
 def autocast(device):
@@ -780,27 +802,30 @@ def iou_per_class(confusion):
 
 
 @torch.no_grad()
-def predict(model, image, s):
-    """Probabilities [1, C, H, W] of one normalized picture [1, 3, H, W], whole or as the mean over sliding windows.
+def predict(model, image):
+    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W] on any device, by a model of build_model or load.
 
-    Windows are crop x crop, or as large as the picture where that is smaller; each is 2/3 of a window from the one before, and
-    the last is flush with the border.
+    The picture goes through whole; with `sliding` the result is the mean over windows of crop x crop, or as large as the picture
+    where that is smaller; each is 2/3 of a window from the one before, and the last is flush with the border.
     """
-    if not s.sliding:
-        return model(image).float().softmax(1)
-    size, (height, width) = s.crop, image.shape[2:]
-    total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
+    s, device = model.settings, next(model.parameters()).device
+    image = normalize(image.to(device, non_blocking=True))
+    with autocast(device):
+        if not s.sliding:
+            return model(image).float().softmax(1)
+        size, (height, width) = s.crop, image.shape[2:]
+        total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
 
-    def starts(side):
-        last, stride = max(side - size, 0), size * 2 // 3
-        return [min(at, last) for at in range(0, last + stride, stride)]
+        def starts(side):
+            last, stride = max(side - size, 0), size * 2 // 3
+            return [min(at, last) for at in range(0, last + stride, stride)]
 
-    for y in starts(height):
-        for x in starts(width):
-            window = (..., slice(y, y + size), slice(x, x + size))
-            total[window] += model(image[window]).float().softmax(1)
-            count[window] += 1
-    return total / count
+        for y in starts(height):
+            for x in starts(width):
+                window = (..., slice(y, y + size), slice(x, x + size))
+                total[window] += model(image[window]).float().softmax(1)
+                count[window] += 1
+        return total / count
 
 
 @torch.no_grad()
@@ -816,9 +841,7 @@ def evaluate(model, samples, s, device):
 
     def count():
         for image, label in loader:
-            with autocast(device):
-                probabilities = predict(model, normalize(image.to(device, non_blocking=True)), s)
-            confusion.add_(confusion_matrix(probabilities.argmax(1), label.to(device, non_blocking=True), s.num_classes))
+            confusion.add_(confusion_matrix(predict(model, image).argmax(1), label.to(device, non_blocking=True), s.num_classes))
 
     together(count)
     if world() > 1:
@@ -879,8 +902,10 @@ def set_up_device(name):
 
 
 def build_model(s, weights=None):
-    """The network of the Settings `s`."""
-    return DeepLabV3Plus(s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
+    """The network of the Settings `s`, which are its attribute `settings`."""
+    model = DeepLabV3Plus(s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
+    model.settings = s
+    return model
 
 
 def build_learner(s, device, steps):
@@ -905,14 +930,17 @@ def build_learner(s, device, steps):
 
 
 def save(path, content):
-    """Write `content`, text or an object for torch.save, to `path`: whole or not at all."""
+    """Write `content`, text, a picture or an object for torch.save, to `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
-        beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
+        if isinstance(content, Image.Image):
+            content.save(beside, "PNG")
+        else:
+            beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                 # torch.save tells of a full disk by RuntimeError
         beside.unlink(missing_ok=True)
-        raise UserError(f"cannot write {path} ({error}): make room and go on with --resume; what was there before is whole") from None
+        raise UserError(f"cannot write {path} ({error}): make room, go on (a training with --resume); what was there before is whole") from None
 
 
 def save_rows(path, header, rows):
@@ -936,6 +964,137 @@ def claim(out):
         raise UserError(f"another run is alive in {out}: wait for it, or choose another --out") from None
     except OSError as error:
         raise UserError(f"cannot use the folder {out} ({error}): choose another --out") from None
+
+
+# Pictures of what happens
+
+def class_names(s):
+    """The names of the classes, from 0 on."""
+    return s.class_names.split(",") if s.class_names else [f"class {k}" for k in range(s.num_classes)]
+
+
+def class_colours(s):
+    """[(r, g, b), ...]: Cityscapes' own; Okabe's and Ito's, which the colour-blind can tell apart, for up to 8 classes; else VOC's."""
+    if s.dataset == "cityscapes":
+        return [c.color for c in CITYSCAPES]
+    if s.num_classes <= 8:
+        return [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+    return [tuple(sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)) for k in range(s.num_classes)]
+
+
+def paint(labels, s):
+    """Labels [H, W], 0..C-1 or 255, as a palette picture: the stored index is the class, 255 is white."""
+    picture, colours = Image.fromarray(labels.to("cpu", torch.uint8).numpy()), class_colours(s)[:s.num_classes]
+    picture.putpalette([v for colour in colours for v in colour] + [255] * 3 * (256 - len(colours)))
+    return picture
+
+
+def sheet(tiles, titles, legend):
+    """A page of `tiles`, (picture, text in its corner), in rows of len(titles), above a legend of (name, colour)."""
+    font, first, columns = ImageFont.load_default(13), tiles[0][0], len(titles)
+    width, height = 200, min(max(round(200 * first.height / first.width), 60), 400)
+    fitted = [pil_to_tensor(ImageOps.pad(p.convert("RGB"), (width, height), Image.Resampling.BOX, "white")) for p, _ in tiles]
+    grid = to_pil_image(make_grid(torch.stack(fitted), columns, padding=4, pad_value=255))
+    per_row = grid.width // 116
+    page = ImageOps.expand(grid, (0, 20, 0, 4 + 20 * -(-len(legend) // per_row)), "white")
+    draw = ImageDraw.Draw(page)
+    for i, title in enumerate(titles):
+        draw.text((4 + i * (width + 4), 4), title, "black", font)
+    for i, (_, text) in enumerate(tiles):
+        draw.text((9 + i % columns * (width + 4), 26 + i // columns * (height + 4)), text, "black", font, stroke_width=2, stroke_fill="white")
+    for i, (name, colour) in enumerate(legend):
+        x, y = 4 + i % per_row * 116, grid.height + 24 + i // per_row * 20
+        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
+        draw.text((x + 20, y), name, "black", font)
+    return page
+
+
+def legend(s):
+    """The names and colours of the classes, and of what is ignored."""
+    return [*zip(class_names(s), class_colours(s)), ("ignored", (255, 255, 255))]
+
+
+def draw_samples(model, samples, path):
+    """Write a sheet of five of `samples`: what `model` says of them."""
+    tiles, s = [], model.settings
+    for sample in samples[::-(-len(samples) // 5)]:
+        image, truth = load_whole(sample, s.num_classes)
+        confidence, label = predict(model, image)[0].max(0)
+        tiles += [(to_pil_image(image[0]), sample.id), (paint(truth[0], s), ""), (paint(label, s), ""), (to_pil_image(confidence.cpu()), "")]
+    save(path, sheet(tiles, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), legend(s)))
+
+
+def draw_unlabeled(model, history, data, path):
+    """Write a sheet of an epoch's two easiest and two hardest unlabeled images: the views as training made them, the teacher as it is now.
+
+    history: the epoch's records, from which the views' draws follow; data: its TrainingShares. Of an epoch in which CutMix fired,
+    images of those batches alone.
+    """
+    tiles, s, adapt = [], data.s, adapted_parts(data.s)
+    gammas, shares, fired = {r[:2]: r[4] for r in history}, 1 + max(r[1] for r in history), [r for r in history if r[2][-1]]
+    seen = sorted((g, step, share, i) for step, share, _, _, gamma in fired or history for i, g in enumerate(gamma.tolist()))
+    for g, step, share, i in seen[:2] + seen[2:][-2:]:
+        images, gamma = data[next(share_keys(s, *map(len, data.samples.values()), shares, [share], step))], gammas[step, share]
+        weak, drawn = images["weak"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
+        strong = adapt_intensity(weak.float(), images["strong"].float(), gamma)[i].byte() if "intensity" in adapt else images["strong"][i]
+        mixed = torch.full_like(weak[i], 255)
+        if drawn:
+            partner, box = drawn[0][i], drawn[1][i]
+            mixed = torch.where(box, weak[partner], weak[i])
+            if box.any():
+                mixed = draw_bounding_boxes(mixed, masks_to_boxes(box[None]), colors="magenta", width=-(-s.crop // 100))
+        confidence, label = predict(model, weak[i:i + 1])[0].max(0)
+        colours = pil_to_tensor(paint(torch.where(images["valid"][i], label.cpu(), IGNORE), s).convert("RGB"))
+        pale = torch.where(confidence.cpu() >= s.tau, colours, 191 + colours // 4)
+        tiles += [(to_pil_image(weak[i]), f"{data.samples[UNLABELED][images['index'][i]].id}, hardness {g:.2f}"), (to_pil_image(strong), ""),
+                  (to_pil_image(mixed), "" if drawn else "not made for this batch"), (to_pil_image(pale), "")]
+    if tiles:
+        save(path, sheet(tiles, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), legend(s)))
+
+
+def plot(runs, path):
+    """Draw log.csv and hardness.csv of the folders `runs` into the picture `path`, each run in a colour of its own.
+
+    mIoU, losses, mean hardness and share of confident pixels by epoch, and Figure 3c of the paper: single images' hardness over the
+    training, some of the easiest and of the hardest on average, and the mean. Needs matplotlib; without it one line says so.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print("no curves drawn: pip install matplotlib, then python imas.py --plot RUN...")
+        return
+    figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
+    axes = dict(zip(("mIoU of the teacher [%]", "loss", "share of pixels; mean hardness [0 to 1]", "hardness of single images [0 to 1]"), figure.subplots(2, 2).flat))
+    (miou, loss, mean, single), some = axes.values(), 4 if len(runs) == 1 else 1
+    for run, colour in zip(runs, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
+        try:
+            log = np.atleast_1d(np.genfromtxt(run / "log.csv", delimiter=",", names=True))
+            with open(run / "hardness.csv", newline="", encoding="utf-8") as file:
+                rows = [(row["id"], int(row["epoch"]), float(row["hardness"])) for row in csv.DictReader(file)]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
+        name, scored, unlabeled = f"{run.name}: " if len(runs) > 1 else "", ~np.isnan(log["miou"]), log["hardness"] > 0
+        miou.plot(log["epoch"][scored], log["miou"][scored], color=colour, marker=".", label=run.name)
+        loss.plot(log["epoch"], log["loss_x"], color=colour, label=name + "labeled, L_x")
+        for axis, column, label, style in ((loss, "loss_u", "unlabeled, L_u", "--"), (mean, "hardness", "hardness", "-"),
+                                           (mean, "confident", "confident pixels", "--"), (single, "hardness", "mean", "-")):
+            axis.plot(log["epoch"][unlabeled], log[column][unlabeled], color=colour, ls=style, lw=3 if axis is single else 1.5, label=name + label)
+        images = {}
+        for image, epoch, gamma in rows:
+            images.setdefault(image, []).append((epoch, gamma))
+        order = sorted(images, key=lambda image: sum(gamma for _, gamma in images[image]) / len(images[image]))
+        for kind, chosen, style in (("easiest", order[:some], "-"), ("hardest", order[some:][-some:], ":")):
+            for i, image in enumerate(chosen):
+                single.plot(*zip(*images[image]), color=colour, ls=style, lw=1, label=name + kind if i == 0 else None)
+    for label, axis in axes.items():
+        axis.set(xlabel="epoch", ylabel=label)
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        if axis.lines:
+            axis.legend(fontsize=8)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png")
+    save(path, Image.open(picture))
 
 
 LOOK_EVERY = 10                                              # steps between two looks at the records
@@ -970,7 +1129,8 @@ def train(s, device, resume):
         if (out / name).exists():
             os.truncate(out / name, min(sizes.get(name, 0), (out / name).stat().st_size))
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
-    batches = iter(DataLoader(TrainingShares(labeled, unlabeled, s), batch_size=None, sampler=keys, num_workers=s.workers,
+    data = TrainingShares(labeled, unlabeled, s)
+    batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
                               worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
 
     def save_state():
@@ -1003,7 +1163,7 @@ def train(s, device, resume):
             tell(f"stopped by {signal.Signals(stop[0]).name} after step {done}, saved; go on with the same command and --resume", last=True)
             raise SystemExit(128 + stop[0])
         if epoch_ends and history:
-            best = end_epoch(done, steps, history, best, learner, unlabeled, validation, s, device, time.monotonic() - epoch_begun)
+            best = end_epoch(done, steps, history, best, learner, data, validation, s, device, time.monotonic() - epoch_begun)
             history, epoch_begun = [], time.monotonic()
             save_state()
             saved = time.monotonic()
@@ -1016,12 +1176,14 @@ def train(s, device, resume):
         fresh += train_step(learner, batch, done, teacher_step, s, device)
         done += 1
     if rank() == 0:
+        plot([out], out / "curves.png")
         print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes; the teacher's best mIoU is {best:.2f}\n"
-              f"{out}: log.csv, hardness.csv (each unlabeled image, each epoch), last.pt, best.pt; score again with --eval {out / 'best.pt'}")
+              f"{out}: log.csv, hardness.csv (each unlabeled image, each epoch), samples.png, unlabeled.png, curves.png, last.pt, best.pt\n"
+              f"score again with --eval {out / 'best.pt'}, label pictures with --predict FOLDER --checkpoint {out / 'best.pt'} --out MASKS")
 
 
-def end_epoch(done, steps, history, best, learner, unlabeled, validation, s, device, seconds):
-    """Evaluate after `done` steps and write the epoch's rows from its records `history`; returns the best mIoU so far."""
+def end_epoch(done, steps, history, best, learner, data, validation, s, device, seconds):
+    """Evaluate after `done` steps; write the epoch's rows and pictures from its records `history`; returns the best mIoU so far."""
     epoch, out = done // steps, Path(s.out)
     miou, begun = math.nan, time.monotonic()
     if epoch % s.eval_every == 0 or epoch == s.epochs:
@@ -1030,10 +1192,13 @@ def end_epoch(done, steps, history, best, learner, unlabeled, validation, s, dev
         means = torch.stack([r[2] for r in history]).double().mean(0).tolist()
         row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
                "miou": miou, "seconds": seconds + time.monotonic() - begun}
-        gammas = sorted((unlabeled[i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
+        gammas = sorted((data.samples[UNLABELED][i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
         save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
         save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
         tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
+        if not math.isnan(miou):
+            draw_samples(learner.teacher, validation, out / "samples.png")
+            draw_unlabeled(learner.teacher, history, data, out / "unlabeled.png")
         if miou > best:
             save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
     return max(best, miou)                                   # in this order NaN, not evaluated, is not better
@@ -1082,7 +1247,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def parse(argv):
-    """The command line as (Settings, the checkpoint to score or None, whether to resume).
+    """The command line as (Settings, what to do: a namespace of resume, eval, predict, checkpoint, plot).
 
     A setting is the flag's value where given; else, in turn, the checkpoint's, the dataset's preset's, the field's default.
     """
@@ -1093,30 +1258,40 @@ def parse(argv):
         return None if text == "none" else int(text)
 
     on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
-    parser = Parser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.",
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    parser.add_argument("--resume", action="store_true", default=False, help="go on with the run in --out where it stopped")
-    parser.add_argument("--eval", metavar="CKPT", default=None, help="score this checkpoint on the validation set, train nothing")
+    parser = Parser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.", allow_abbrev=False)
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
+    parser.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
+    parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="write masks and overlays of these images, folders or patterns into --out")
+    parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
+    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw the curves of these runs into one picture, train nothing")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
         default = ("off", "on")[field.default] if field.type is bool else "''" if field.default == "" else field.default
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"), default=argparse.SUPPRESS,
                             metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
-    given = vars(parser.parse_args(argv))
-    checkpoint, resume = given.pop("eval"), given.pop("resume")
+    todo = parser.parse_args(argv)
+    given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
+    if todo.predict and not (todo.checkpoint and "out" in given) or todo.checkpoint and not todo.predict:
+        raise UserError("--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
+    checkpoint = todo.eval or todo.checkpoint
     base = load_checkpoint(checkpoint)["settings"] if checkpoint else PRESETS.get(given.get("dataset", "demo"), {})
+    if "num_classes" in given and given["num_classes"] != base.get("num_classes"):
+        base = {name: value for name, value in base.items() if name != "class_names"}
     s = Settings(**base | given)
+    if todo.plot:
+        s.out = s.out or str(Path(todo.plot[0]) if len(todo.plot) == 1 else Path(todo.plot[0]).parent)
     s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).name, Path(s.labeled).stem, s.method, str(s.seed)))))
     last = Path(s.out, "last.pt")
-    if resume and last.exists():
-        saved = load_checkpoint(last)["settings"] | {"out": s.out}
+    if todo.resume and last.exists():
+        saved = dataclasses.asdict(Settings(**load_checkpoint(last)["settings"])) | {"out": s.out}
         s = Settings(**saved | given)
         for name, value in dataclasses.asdict(s).items():
-            if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate"):
+            if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate", "class_names"):
                 raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {saved[name]}, not {value}: leave it away, or choose another --out")
-    check_settings(s)
+    if not todo.plot:
+        check_settings(s)
     s.workers = min(s.workers, os.cpu_count() or 1)
-    return s, checkpoint, resume
+    return s, todo
 
 
 def load_checkpoint(path, *needed):
@@ -1131,35 +1306,101 @@ def load_checkpoint(path, *needed):
         raise UserError(f"{path} is not a whole checkpoint of this program: take a last.pt or best.pt of one of its runs") from None
 
 
-def load_model(s, checkpoint, device):
-    """The teacher in the file `checkpoint`, in eval mode on `device`."""
-    model = build_model(s)
+def load(checkpoint, device="cpu", s=None):
+    """The teacher in the file `checkpoint`, in eval mode on `device`, ready for `predict`; its attribute `settings` are the run's, or `s`.
+
+    UserError if the file is no checkpoint, or does not fit the Settings `s`.
+    """
+    content = load_checkpoint(checkpoint)
+    model = build_model(s or Settings(**content["settings"]))
     try:
-        model.load_state_dict(load_checkpoint(checkpoint)["teacher"])
+        model.load_state_dict(content["teacher"])
     except RuntimeError:
         raise UserError(f"{checkpoint} does not fit --num-classes, --backbone, --width or --aux-weight as given: leave them away") from None
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
 def score(s, checkpoint, device):
-    """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`."""
-    confusion = evaluate(load_model(s, checkpoint, device), find_validation(s), s, device)
+    """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`; write them beside it as JSON."""
+    samples = find_validation(s)
+    confusion = evaluate(load(checkpoint, device, s), samples, s, device).cpu()
     if rank() == 0:
-        for k, iou in enumerate(iou_per_class(confusion).tolist()):
-            print(f"class {k:3d}  IoU {100 * iou:6.2f}")
-        print(f"mIoU {100 * iou_per_class(confusion).nanmean():.2f}  pixel accuracy {100 * confusion.trace() / confusion.sum():.2f}")
+        percent = {k: None if math.isnan(v) else 100 * v for k, v in enumerate(iou_per_class(confusion).tolist())}
+        result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": 100 * iou_per_class(confusion).nanmean().item(),
+                  "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
+                  "classes": [{"name": name, "iou": percent[k]} for k, name in enumerate(class_names(s))]}
+        for k, entry in enumerate(result["classes"]):
+            print(f"{k:3d}  {entry['name']:20}" + ("   in no picture" if entry["iou"] is None else f"  IoU {entry['iou']:6.2f}"))
+        print(f"mIoU {result['miou']:.2f}  pixel accuracy {result['pixel_accuracy']:.2f}  ({len(samples)} images)")
+        save(Path(checkpoint).with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+
+
+def find_pictures(patterns, out):
+    """[(picture, mask, overlay), ...]: the files that `patterns` (files, folders, glob patterns) name, and where in `out` their results belong."""
+    jobs, taken = [], {}
+    for pattern in patterns:
+        path = Path(pattern)
+        found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern)))
+        found = [p for p in found if p.is_file() and not p.name.startswith(".")]
+        if not found:
+            raise UserError(f"--predict {pattern}: there is no such file, and no file in it")
+        jobs += [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in found]
+    for picture, *targets in jobs:
+        for target in targets:
+            if target.exists() or taken.setdefault(target, picture) is not picture:
+                raise UserError(f"{target}, for {picture}, is {'there already' if target.exists() else f'for {taken[target]} too'}: choose another --out")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot use the folder {out} ({error}): choose another --out") from None
+    return jobs
+
+
+def predict_pictures(s, patterns, checkpoint, device):
+    """Write a palette mask, the class index stored, and an overlay for each picture; UserError at the end if some could not be done."""
+    out, model = Path(s.out), load(checkpoint, device, s)
+    jobs, faults = together(lambda: find_pictures(patterns, out)), []
+
+    def label_mine():
+        for done, (path, mask, overlay) in enumerate(jobs[rank()::world()], 1):
+            try:
+                picture = read_image(path)
+                label = predict(model, pil_to_tensor(picture)[None])[0].argmax(0).cpu()
+            except (UserError, RuntimeError, MemoryError) as error:      # no picture; too large for the memory
+                faults.append(f"{path}: no mask ({(str(error) or 'out of memory').splitlines()[0]})")
+                continue
+            painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
+            save(mask, painted)
+            save(overlay, Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen))
+            tell(f"{done * world()} of {len(jobs)} pictures", last=False)
+
+    together(label_mine)
+    faults = sum(gather(faults), [])
+    if rank() == 0:
+        tell(f"masks and overlays of {len(jobs) - len(faults)} pictures are in {out}", last=True)
+        print(*faults, sep="\n", file=sys.stderr, end="\n" if faults else "")
+    if faults:
+        raise UserError(f"{len(faults)} of {len(jobs)} files gave no mask, they are named above")
 
 
 def main(argv=None):
     """Do what the command line `argv` says (None: this process's own). A mistake in it ends in SystemExit(2) after one line."""
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        s, checkpoint, resume = parse(argv)
+        s, todo = parse(argv)
+        if todo.plot:
+            path = Path(s.out, "curves.png" if len(todo.plot) == 1 else "compare.png")
+            return plot([Path(run) for run in todo.plot], path)
         device = set_up_device(s.device)
-        if s.dataset == "demo" and not data_root(s).exists() and rank() == 0:
+        if s.dataset == "demo" and not todo.predict and not data_root(s).exists() and rank() == 0:
             runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](data_root(s))
         gather(None)                             # all wait for the drawing
-        score(s, checkpoint, device) if checkpoint else train(s, device, resume)
+        if todo.predict:
+            predict_pictures(s, todo.predict, todo.checkpoint, device)
+        elif todo.eval:
+            score(s, todo.eval, device)
+        else:
+            train(s, device, todo.resume)
     except UserError as error:
         # An error from a loader's worker comes with the worker's traceback in front; the last line is the message.
         if rank() == 0:

@@ -312,10 +312,12 @@ class OnePixel(torch.nn.Module):
 
 @pytest.mark.parametrize("height, width", [(33, 33), (34, 33), (55, 90), (56, 77), (20, 100), (7, 9), (99, 32)])
 def test_sliding_windows_see_what_the_whole_picture_shows(height, width):
-    net, image = OnePixel(), torch.randn(1, 3, height, width)
-    whole = imas.predict(net, image, settings(num_classes=4, crop=33))
+    net, image = OnePixel(), torch.randint(0, 256, (1, 3, height, width), dtype=torch.uint8)
+    net.settings = settings(num_classes=4, class_names="", crop=33)
+    whole = imas.predict(net, image)
     net.sizes.clear()
-    slid = imas.predict(net, image, settings(num_classes=4, crop=33, sliding=True))
+    net.settings.sliding = True
+    slid = imas.predict(net, image)
     assert torch.allclose(whole, slid, atol=1e-6) and torch.allclose(slid.sum(1), torch.ones(()))
     assert set(net.sizes) == {(min(height, 33), min(width, 33))}             # full windows alone
     assert len(net.sizes) == np.prod([-(-max(side - 33, 0) // 22) + 1 for side in (height, width)])
@@ -442,7 +444,12 @@ def test_voc_layout_trains_and_scores(voc, tmp_path, capsys):
         assert all(0 <= g <= 1 for g in gammas)
         assert np.mean(gammas) == pytest.approx(float(log[int(epoch) - 1]["hardness"]), abs=1e-5)
     imas.main(["--eval", str(out / "last.pt"), "--device", "cpu"])
-    assert f"mIoU {float(log[-1]['miou']):.2f}" in capsys.readouterr().out
+    table, result = capsys.readouterr().out, json.loads((out / "last.json").read_text())
+    assert f"mIoU {float(log[-1]['miou']):.2f}" in table and result["miou"] == pytest.approx(float(log[-1]["miou"]), rel=1e-5)
+    names = ["background", "aeroplane", "bicycle", "bird", "boat", "bottle"]                 # the first of VOC's 21
+    assert [c["name"] for c in result["classes"]][:6] == names and len(result["classes"]) == 21 and all(n in table for n in names)
+    assert np.mean([c["iou"] for c in result["classes"] if c["iou"] is not None]) == pytest.approx(result["miou"])
+    assert any(c["iou"] is None for c in result["classes"]) and "in no picture" in table and result["images"] == 5
     assert set(torch.load(out / "best.pt", weights_only=True)) >= {"settings", "teacher"}
 
 
@@ -497,27 +504,19 @@ def test_lists_may_hold_ids_or_paths(voc):
         assert [sorted(x for x in part if " " not in x.id) for part in plain[:3]] == [sorted(part) for part in found[:3]]
 
 
-def test_own_pictures_of_other_tools(tmp_path, capsys):
-    """Grey pictures, with masks of one bit, of 0 and 255, or in colours with a labelmap.txt, as annotation tools write them."""
-    for kind in ("bit", "grey", "colour"):
-        root, rng = tmp_path / kind, np.random.default_rng(0)
+def test_grey_pictures_and_masks_of_one_bit(tmp_path):
+    for bits, root in ((1, tmp_path / "bit"), (8, tmp_path / "byte")):
+        rng = np.random.default_rng(0)
         for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
             (root / folder).mkdir(parents=True)
         for i in range(10):
             truth = rng.random((24, 30)) < 0.5
             Image.fromarray(rng.integers(0, 256, (24, 30), dtype=np.uint8)).save(root / f"JPEGImages/{i}.png")
-            colours = np.where(truth[..., None], [200, 30, 7], [0, 0, 0]).astype(np.uint8)
-            mask = {"bit": Image.fromarray(truth), "grey": Image.fromarray(np.uint8(255) * truth), "colour": Image.fromarray(colours)}[kind]
-            mask.save(root / f"SegmentationClass/{i}.png")
-            assert (np.asarray(mask).reshape(24, 30, -1)[..., 0] > 0).tolist() == truth.tolist()
-        if kind == "colour":
-            (root / "labelmap.txt").write_text("# label:color_rgb:parts:actions\nbackground:0,0,0::\nleaf:200,30,7::\n")
+            Image.fromarray(truth if bits == 1 else truth.astype(np.uint8)).save(root / f"SegmentationClass/{i}.png")
         (root / "ImageSets/Segmentation/train.txt").write_text("\n".join(map(str, range(8))))
         (root / "ImageSets/Segmentation/val.txt").write_text("8\n9")
-        imas.main(["--dataset", str(root), "--num-classes", "2", "--labeled", "2", "--out", str(tmp_path / f"run-{kind}"), *SMALL])
-        for sample in imas.find_data(settings(dataset=str(root), num_classes=2, batch=2, labeled="4"))[0]:
-            assert (np.asarray(imas.read_mask(sample, 2)) == np.asarray(Image.open(sample.mask)).reshape(24, 30, -1)[..., 0].astype(bool)).all()
-    assert len({str(rows(tmp_path / f"run-{kind}" / "log.csv")) for kind in ("bit", "grey", "colour")}) == 1       # they say the same
+        imas.main(["--dataset", str(root), "--num-classes", "2", "--labeled", "2", "--out", str(tmp_path / f"run-{bits}"), *SMALL])
+    assert rows(tmp_path / "run-1" / "log.csv") == rows(tmp_path / "run-8" / "log.csv")
 
 
 def test_published_partition_is_taken_where_it_is_there(voc):
@@ -801,7 +800,7 @@ def test_prepared_camvid_has_the_layout(prepare, server, tmp_path, monkeypatch):
     assert (len(labeled), len(unlabeled), len(validation)) == (1, 2, 3)
     for sample in labeled + validation:
         mask = imas.read_mask(sample, 11)
-        assert mask.size == imas.read_image(sample).size == (24, 18) and 255 in set(np.unique(mask))
+        assert mask.size == imas.read_image(sample.image).size == (24, 18) and 255 in set(np.unique(mask))
 
 
 def test_prepare_tells_what_it_cannot_do_in_one_line(prepare, server, tmp_path, monkeypatch, capsys):
@@ -828,13 +827,194 @@ def test_readme_shows_the_presets():
         if len(row) != len(names) + 1:                       # the next table
             break
         shown[row[0]] = row[1:]
-    assert names[:-1] == list(imas.PRESETS) and {k for p in imas.PRESETS.values() for k in p} <= {*shown, "labeled", "workers"}
+    assert names[:-1] == list(imas.PRESETS) and {k for p in imas.PRESETS.values() for k in p} <= {*shown, "labeled", "workers", "class_names"}
     for column, name in enumerate(names):
         preset = imas.Settings(**imas.PRESETS.get(name, {}))
         for setting, cells in shown.items():
             value = getattr(preset, setting)
             text = {True: "on", False: "off"}[value] if isinstance(value, bool) else "none" if value is None else str(value)
             assert cells[column] == ("to be given" if name not in imas.PRESETS and setting == "num_classes" else text), (name, setting)
+
+
+# Pictures ----------------------------------------------------------------------------------------------------------------
+
+def tile(page, row, column, height, width):
+    """A tile of a sheet at its picture's own size: what stands in the middle of each of its pixels; uint8 [height, width, 3]."""
+    shown = (200, round(200 * height / width))
+    page, x, y = np.asarray(page), 4 + 204 * column, 24 + (shown[1] + 4) * row
+    rows, columns = (((np.arange(n) + 0.5) * size / n).astype(int) for n, size in ((height, shown[1]), (width, shown[0])))
+    return page[y + rows[:, None], x + columns]
+
+
+def test_samples_show_image_truth_argmax_and_confidence(voc, tmp_path):
+    network(voc)
+    model, rng = imas.load(voc / "x.pt"), np.random.default_rng(0)
+    for i in range(5):                                       # all of one size
+        Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).save(voc / f"JPEGImages/val_{i}.jpg")
+        Image.fromarray(rng.choice([0, 3, 20, 255], (30, 40)).astype(np.uint8)).save(voc / f"SegmentationClass/val_{i}.png")
+    samples = imas.find_validation(settings(dataset="voc", root=str(voc)))
+    imas.draw_samples(model, samples, tmp_path / "samples.png")
+    page = Image.open(tmp_path / "samples.png")
+    assert page.size == (4 + 4 * 204, 20 + 4 + 5 * 154 + 4 + 4 * 20)         # 22 names, 7 in a row
+    voc_colours = {0: (0, 0, 0), 3: (128, 128, 0), 20: (0, 64, 128), 255: (255, 255, 255)}
+    colours = np.array(imas.class_colours(model.settings))
+    for i, sample in enumerate(samples):
+        image, truth = np.asarray(Image.open(sample.image)), np.asarray(Image.open(sample.mask))
+        assert (tile(page, i, 0, 30, 40)[6:] == image[6:]).all()             # below the text in its corner
+        assert (tile(page, i, 1, 30, 40) == np.array([voc_colours[k] for k in truth.ravel()]).reshape(30, 40, 3)).all()
+        with torch.no_grad():
+            p = model(imas.normalize(torch.tensor(image).permute(2, 0, 1)[None])).softmax(1)[0]
+        assert (tile(page, i, 2, 30, 40) == colours[p.argmax(0)]).all()
+        assert np.abs(tile(page, i, 3, 30, 40)[..., 0] - 255 * p.max(0).values.numpy()).max() <= 1
+
+
+@pytest.mark.parametrize("method", ["imas", "uniform"])
+def test_unlabeled_images_are_shown_as_they_were_trained_on(method, voc, tmp_path, monkeypatch):
+    """The views in the picture are those that went through the student, the box drawn encloses what was pasted."""
+    seen, build = [], imas.build_learner
+
+    def build_and_listen(*args):
+        learner = build(*args)
+        learner.student.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0].detach()) if net.training else None)
+        return learner
+
+    monkeypatch.setattr(imas, "build_learner", build_and_listen)
+    imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, "--tau", "0", "--method", method,
+               "--seed", "3"])
+    page = Image.open(tmp_path / "run/unlabeled.png")
+    assert page.size[0] == 4 + 4 * 204
+    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (imas.MEAN, imas.STD))
+    views = [((x * std + mean) * 255).permute(0, 2, 3, 1).reshape(-1, 4, 33, 33, 3).numpy() for x in seen[2:]]       # the last epoch's steps
+    boxes = 0
+    for row in range((page.size[1] - 24) // 204):
+        weak, intensity, mixed, _ = (tile(page, row, column, 33, 33).astype(int) for column in range(4))
+        matches = [(step, i) for step in views for i in range(4) if np.abs(step[1, i] - weak)[6:].max() < 1]
+        assert len(matches) == 1                             # below the text in its corner
+        step, i = matches[0]
+        assert np.abs(step[2, i] - intensity).max() <= 1.01
+        if len(step) == 4:
+            pasted = np.abs(step[3, i] - step[1, i]).max(2) > 0.5
+            line = (mixed == [255, 0, 255]).all(2)
+            if pasted.any():
+                assert [(k.min(), k.max()) for k in np.nonzero(line)] == [(k.min(), k.max()) for k in np.nonzero(pasted)]
+                boxes += 1
+            assert np.abs(step[3, i] - mixed)[~line].max() < 1
+    assert boxes >= 2
+
+
+def test_masks_for_anyones_pictures(tmp_path, capsys):
+    folder, rng = tmp_path / "pictures", np.random.default_rng(0)
+    folder.mkdir()
+
+    def noise(height, width):
+        return Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+    network(tmp_path)
+    background = imas.predict(imas.load(tmp_path / "x.pt"), imas.pil_to_tensor(noise(40, 60))[None]).argmax(1).mode().values.mode().values.item()
+    network(tmp_path, background)                            # the class that it predicts most
+    model = imas.load(tmp_path / "x.pt")
+    noise(20, 30).convert("L").save(folder / "grey.png")
+    noise(25, 21).convert("RGBA").save(folder / "rgba.png")
+    noise(1, 1).save(folder / "one.png")
+    noise(40, 5000).save(folder / "long.png")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    noise(40, 60).save(folder / "turned.jpg", exif=exif)
+    (folder / "notes.txt").write_text("no picture")
+    (folder / ".hidden").write_text("not even looked at")
+    with pytest.raises(SystemExit) as stop:
+        imas.main(["--predict", str(folder), "--checkpoint", str(tmp_path / "x.pt"), "--out", str(tmp_path / "masks"), "--device", "cpu"])
+    lines = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and len(lines) == 2 and "notes.txt" in lines[0] and "1 of 6 files" in lines[1]
+    names = {"grey": (30, 20), "rgba": (21, 25), "one": (1, 1), "long": (5000, 40), "turned": (40, 60)}
+    assert {p.name for p in (tmp_path / "masks").iterdir()} == {f"{n}{end}.png" for n in names for end in ("", "_overlay")}
+    painted = 0
+    for name, size in names.items():
+        image = imas.read_image(next(folder.glob(name + ".*")))
+        mask, overlay = Image.open(tmp_path / "masks" / f"{name}.png"), Image.open(tmp_path / "masks" / f"{name}_overlay.png")
+        assert mask.size == overlay.size == image.size == size and mask.mode == "P"
+        with torch.no_grad():
+            label = model(imas.normalize(torch.tensor(np.array(image)).permute(2, 0, 1)[None])).argmax(1)[0].numpy()
+        assert (np.asarray(mask) == label).all()
+        a, b, colour = (np.asarray(x).astype(int) for x in (image, overlay, mask.convert("RGB")))
+        seen = label != background
+        assert (b[~seen] == a[~seen]).all() and (np.abs(2 * b - a - colour)[seen] <= 1).all()
+        painted += seen.sum()
+    assert 0 < painted < sum(w * h for w, h in names.values())
+    assert mask.getpalette()[:9] == [0, 0, 0, 128, 0, 0, 0, 128, 0]          # VOC's colours
+
+
+def test_two_processes_write_the_same_masks(voc, tmp_path):
+    network(voc)
+    for processes in (1, 2):
+        done = launch(["--predict", voc / "JPEGImages", voc / "SegmentationClass/2007_*.png", "--checkpoint", voc / "x.pt", "--device", "cpu",
+                       "--out", tmp_path / str(processes)], processes)
+        assert "too" in done.stderr                          # an image and a mask of one name would overwrite each other
+        done = launch(["--predict", voc / "JPEGImages/*.jpg", "--checkpoint", voc / "x.pt", "--device", "cpu", "--out", tmp_path / str(processes)], processes)
+        assert done.returncode == 0, done.stderr
+    one, two = ({p.name: p.read_bytes() for p in (tmp_path / n).iterdir()} for n in "12")
+    assert one == two and len(one) == 2 * 16
+
+
+class Drawing:
+    """What plot asks of a Figure and of its axes; keeps the lines."""
+
+    def __init__(self, *args, **kwargs):
+        self.lines, self.xaxis, Drawing.last = [], self, self
+
+    def subplots(self, rows, columns):
+        self.axes = np.array([Drawing() for _ in range(rows * columns)]).reshape(rows, columns)
+        Drawing.last = self
+        return self.axes
+
+    def plot(self, x, y, label=None, **style):
+        self.lines.append((label, [float(v) for v in x], [float(v) for v in y]))
+
+    def savefig(self, file, format):
+        Image.new("RGB", (9, 6)).save(file, format)
+
+    def __getattr__(self, name):
+        if name.startswith("_"):                             # NumPy asks for its own
+            raise AttributeError(name)
+        return lambda *args, **kwargs: self
+
+
+def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
+    flags = ["--dataset", "voc", "--root", str(voc), "--labeled", "4", *SMALL, "--epochs", "3", "--eval-every", "2"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)              # not installed
+    for name, more in (("a", ["--warmup-epochs", "1"]), ("b", ["--method", "supervised"])):
+        imas.main([*flags, "--out", str(tmp_path / name), *more])
+        assert "pip install matplotlib" in capsys.readouterr().out and not (tmp_path / name / "curves.png").exists()
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", type(sys)("figure"))
+    sys.modules["matplotlib.figure"].Figure = Drawing
+    imas.main(["--plot", str(tmp_path / "a")])
+    assert Image.open(tmp_path / "a" / "curves.png").size == (9, 6)
+    miou, loss, mean, single = Drawing.last.axes.flat
+    log, hard = rows(tmp_path / "a/log.csv"), rows(tmp_path / "a/hardness.csv")
+    assert miou.lines == [("a", [2, 3], [float(log[i]["miou"]) for i in (1, 2)])]
+    assert loss.lines == [("labeled, L_x", [1, 2, 3], [float(r["loss_x"]) for r in log]), ("unlabeled, L_u", [2, 3], [float(r["loss_u"]) for r in log[1:]])]
+    assert mean.lines == [(label, [2, 3], [float(r[c]) for r in log[1:]]) for label, c in (("hardness", "hardness"), ("confident pixels", "confident"))]
+    courses = {name: [float(r["hardness"]) for r in hard if r["id"] == name] for name in {r["id"] for r in hard}}
+    means = sorted(np.mean(c) for c in courses.values())
+    assert len(single.lines) == 9 and single.lines[0] == ("mean", [2, 3], mean.lines[0][2]) and len(courses) == 8
+    assert [pytest.approx(np.mean(line[2])) for line in single.lines[1:]] == means
+    imas.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b")])
+    assert (tmp_path / "compare.png").exists() and [line[0] for line in Drawing.last.axes[0, 0].lines] == ["a", "b"]
+
+
+def test_readme_example_runs(tmp_path, monkeypatch):
+    code = (HERE / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    (tmp_path / "runs/demo-16-imas-0").mkdir(parents=True)
+    network(tmp_path)
+    (tmp_path / "x.pt").rename(tmp_path / "runs/demo-16-imas-0/best.pt")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)).save(tmp_path / "street.jpg")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    model = imas.load("runs/demo-16-imas-0/best.pt")
+    with torch.no_grad():
+        image = torch.tensor(np.array(Image.open("street.jpg"))).permute(2, 0, 1)[None]
+        assert torch.equal(names["labels"], model(imas.normalize(image)).argmax(1)) and names["labels"].shape == (1, 20, 30)
 
 
 # Stopped, killed, resumed ------------------------------------------------------------------------------------------------
@@ -1059,14 +1239,13 @@ def test_pictures_of_all_modes(mode, tmp_path):
     path = tmp_path / ("x.jpg" if mode == "CMYK" else "x.png")
     picture = colour.convert("L").point(lambda v: v * 256, "I").convert("I;16") if mode == "I;16" else colour.convert(mode)
     picture.save(path, **({"quality": 100} if mode == "CMYK" else {}))
-    sample = imas.Sample("x", path, None)
     if mode == "I;16":
         with pytest.raises(imas.UserError, match="I;16.*8 bits"):
-            imas.read_image(sample)
+            imas.read_image(path)
     else:
-        assert imas.read_image(sample).mode == "RGB"
+        assert imas.read_image(path).mode == "RGB"
         if mode == "RGBA":
-            assert imas.read_image(sample).tobytes() == colour.tobytes()
+            assert imas.read_image(path).tobytes() == colour.tobytes()
 
 
 def test_picture_turned_by_its_camera_is_turned_back(voc):
@@ -1077,8 +1256,8 @@ def test_picture_turned_by_its_camera_is_turned_back(voc):
     upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
     s = settings(root=str(voc), labeled="6", batch=2, num_classes=21)
     sample = next(x for x in imas.find_data(s)[0] if x.id == "2007_000000")                  # the upright mask fits
-    assert imas.read_image(sample).size == Image.open(mask).size == upright.size
-    assert np.abs(np.asarray(imas.read_image(sample), int) - np.asarray(upright, int)).mean() < 20
+    assert imas.read_image(sample.image).size == Image.open(mask).size == upright.size
+    assert np.abs(np.asarray(imas.read_image(sample.image), int) - np.asarray(upright, int)).mean() < 20
 
 
 # Mistakes ----------------------------------------------------------------------------------------------------------------
@@ -1094,6 +1273,13 @@ def write(name, content):
     return lambda root: ((root / name).parent.mkdir(parents=True, exist_ok=True), (root / name).write_bytes(content))
 
 
+def network(root, background=0):
+    """A checkpoint that nobody trained."""
+    torch.manual_seed(0)
+    s = settings(dataset="voc", num_classes=21, class_names="", crop=33, width=8, background=background)
+    torch.save({"settings": dataclasses.asdict(s), "teacher": imas.build_model(s).state_dict()}, root / "x.pt")
+
+
 TRAIN, VAL = "ImageSets/Segmentation/train_aug.txt", "ImageSets/Segmentation/val.txt"
 MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "no folder": (lambda r: (r / "JPEGImages").rename(r / "images"), "", ["JPEGImages", "prepare.py voc", "--root"]),
@@ -1106,8 +1292,8 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "size": (lambda r: overwrite_mask(r, size=(3, 4)), "--labeled 6", ["2007_000000.png is 3x4", "its image"]),
     "class": (lambda r: overwrite_mask(r, value=77), "--labeled 6", ["2007_000000.png", "class 77", "0 to 20"]),
     "mode": (lambda r: overwrite_mask(r, mode="RGB", value=(1, 2, 3)), "--labeled 6", ["2007_000000.png", "RGB", "palette"]),
-    "colour": (lambda r: (overwrite_mask(r, mode="RGB", value=(1, 2, 3)), (r / "labelmap.txt").write_text("# x\na:0,0,0::\nb:9,9,9::")),
-               "--labeled 6", ["2007_000000.png", "[1, 2, 3]", "labelmap.txt"]),
+    "0 and 255": (lambda r: [Image.fromarray(np.uint8(255) * (np.asarray(Image.open(p)) > 0)).save(p) for p in (r / "SegmentationClass").rglob("*.png")],
+                  "--num-classes 2", ["0 and 255 alone", "store class 1 as 1"]),
     "no picture": (write("JPEGImages/2007_000001.jpg", b"no picture"), "", ["2007_000001.jpg", "no readable picture"]),
     "picture cut off": (lambda r: [p.write_bytes(p.read_bytes()[:-400]) for p in (r / "JPEGImages").glob("2007*.jpg")], "", ["cannot decode", ".jpg"]),
     "mask cut off": (lambda r: [p.write_bytes(p.read_bytes()[:-30]) for p in (r / "SegmentationClass").glob("2007*.png")], "", ["cannot decode", ".png"]),
@@ -1152,6 +1338,13 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "foreign settings": (lambda r: torch.save({"settings": {"speed": 3}, "teacher": {}}, r / "x.pt"), "--eval {r}/x.pt", ["x.pt", "not a whole checkpoint"]),
     "other network": (lambda r: torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}}, r / "x.pt"), "--eval {r}/x.pt",
                       ["x.pt", "--num-classes"]),
+    "no checkpoint to predict with": (None, "--predict {r}", ["--predict IMAGE", "--checkpoint"]),
+    "nothing to predict": (network, "--predict {r}/no*.jpg --checkpoint {r}/x.pt", ["no*.jpg", "no such file"]),
+    "two masks of one name": (network, "--predict {r}/JPEGImages/val_1.jpg {r}/SegmentationClass/val_1.png --checkpoint {r}/x.pt", ["val_1.png", "too", "--out"]),
+    "picture in the way": (network, "--predict {r}/SegmentationClass/val_1.png --checkpoint {r}/x.pt --out {r}/SegmentationClass", ["val_1.png", "already"]),
+    "masks into a file": (network, "--predict {r}/JPEGImages --checkpoint {r}/x.pt --out {r}/x.pt", ["cannot use", "x.pt", "--out"]),
+    "class names": (None, "--class-names cat,dog", ["cat,dog", "2 names for 21 classes"]),
+    "no run to plot": (None, "--plot {r}", ["--plot", "log.csv", "no run"]),
     "resume from a best.pt": (lambda r: torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}}, r / "last.pt"), "--out {r} --resume",
                               ["was begun with --"]),
 }
