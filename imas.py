@@ -1064,29 +1064,26 @@ def plot(runs, path):
         print("no curves drawn: pip install matplotlib, then python imas.py --plot RUN...")
         return
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
-    axes = dict(zip(("mIoU of the teacher [%]", "loss", "share of pixels; mean hardness [0 to 1]", "hardness of single images [0 to 1]"), figure.subplots(2, 2).flat))
-    (miou, loss, mean, single), some = axes.values(), 4 if len(runs) == 1 else 1
+    miou, loss, mean, single = axes = figure.subplots(2, 2).ravel()
     for run, colour in zip(runs, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
+        courses = {}                                         # of each image: [(epoch, hardness), ...]
         try:
             log = np.atleast_1d(np.genfromtxt(run / "log.csv", delimiter=",", names=True))
-            with open(run / "hardness.csv", newline="", encoding="utf-8") as file:
-                rows = [(row["id"], int(row["epoch"]), float(row["hardness"])) for row in csv.DictReader(file)]
+            for row in csv.DictReader((run / "hardness.csv").read_text(encoding="utf-8").splitlines()):
+                courses.setdefault(row["id"], []).append((int(row["epoch"]), float(row["hardness"])))
+            scored, unlabeled = ~np.isnan(log["miou"]), log["hardness"] > 0
         except (OSError, ValueError, KeyError, TypeError):
             raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
-        name, scored, unlabeled = f"{run.name}: " if len(runs) > 1 else "", ~np.isnan(log["miou"]), log["hardness"] > 0
-        miou.plot(log["epoch"][scored], log["miou"][scored], color=colour, marker=".", label=run.name)
-        loss.plot(log["epoch"], log["loss_x"], color=colour, label=name + "labeled, L_x")
-        for axis, column, label, style in ((loss, "loss_u", "unlabeled, L_u", "--"), (mean, "hardness", "hardness", "-"),
-                                           (mean, "confident", "confident pixels", "--"), (single, "hardness", "mean", "-")):
-            axis.plot(log["epoch"][unlabeled], log[column][unlabeled], color=colour, ls=style, lw=3 if axis is single else 1.5, label=name + label)
-        images = {}
-        for image, epoch, gamma in rows:
-            images.setdefault(image, []).append((epoch, gamma))
-        order = sorted(images, key=lambda image: sum(gamma for _, gamma in images[image]) / len(images[image]))
+        name = f"{run.name}: " if len(runs) > 1 else ""
+        for axis, column, rows, label, style in (
+                (miou, "miou", scored, "mIoU", ".-"), (loss, "loss_x", slice(None), "labeled, L_x", "-"), (loss, "loss_u", unlabeled, "unlabeled, L_u", "--"),
+                (mean, "hardness", unlabeled, "hardness", "-"), (mean, "confident", unlabeled, "confident pixels", "--"), (single, "hardness", unlabeled, "mean", "-")):
+            axis.plot(log["epoch"][rows], log[column][rows], style, color=colour, lw=3 if axis is single else 1.5, label=name + label)
+        order, some = sorted(courses.values(), key=lambda course: sum(g for _, g in course) / len(course)), 4 if len(runs) == 1 else 1
         for kind, chosen, style in (("easiest", order[:some], "-"), ("hardest", order[some:][-some:], ":")):
-            for i, image in enumerate(chosen):
-                single.plot(*zip(*images[image]), color=colour, ls=style, lw=1, label=name + kind if i == 0 else None)
-    for label, axis in axes.items():
+            for i, course in enumerate(chosen):
+                single.plot(*zip(*course), style, color=colour, lw=1, label=name + kind if i == 0 else None)
+    for axis, label in zip(axes, ("mIoU of the teacher [%]", "loss", "share of pixels; mean hardness [0 to 1]", "hardness of single images [0 to 1]")):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
@@ -1095,6 +1092,7 @@ def plot(runs, path):
     picture = io.BytesIO()
     figure.savefig(picture, format="png")
     save(path, Image.open(picture))
+    print(f"curves of {len(runs)} run(s): {path}")
 
 
 LOOK_EVERY = 10                                              # steps between two looks at the records
@@ -1239,13 +1237,6 @@ def leave_signals_to_parent(worker):
 
 # 11 ----------------------------------------------------------------------------------------------- the command line ---
 
-class Parser(argparse.ArgumentParser):
-    """argparse, with its errors told as all others are."""
-
-    def error(self, message):
-        raise UserError(f"{message}; --help lists all flags")
-
-
 def parse(argv):
     """The command line as (Settings, what to do: a namespace of resume, eval, predict, checkpoint, plot).
 
@@ -1257,8 +1248,12 @@ def parse(argv):
     def class_or_none(text):
         return None if text == "none" else int(text)
 
+    def fail(message):                                       # argparse's errors are told as all others are
+        raise UserError(f"{message}; --help lists all flags")
+
     on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
-    parser = Parser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.", allow_abbrev=False)
+    parser.error = fail
     parser.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
     parser.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
     parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="write masks and overlays of these images, folders or patterns into --out")

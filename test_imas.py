@@ -967,7 +967,7 @@ class Drawing:
         Drawing.last = self
         return self.axes
 
-    def plot(self, x, y, label=None, **style):
+    def plot(self, x, y, style, label=None, **more):
         self.lines.append((label, [float(v) for v in x], [float(v) for v in y]))
 
     def savefig(self, file, format):
@@ -991,7 +991,7 @@ def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
     assert Image.open(tmp_path / "a" / "curves.png").size == (9, 6)
     miou, loss, mean, single = Drawing.last.axes.flat
     log, hard = rows(tmp_path / "a/log.csv"), rows(tmp_path / "a/hardness.csv")
-    assert miou.lines == [("a", [2, 3], [float(log[i]["miou"]) for i in (1, 2)])]
+    assert miou.lines == [("mIoU", [2, 3], [float(log[i]["miou"]) for i in (1, 2)])]
     assert loss.lines == [("labeled, L_x", [1, 2, 3], [float(r["loss_x"]) for r in log]), ("unlabeled, L_u", [2, 3], [float(r["loss_u"]) for r in log[1:]])]
     assert mean.lines == [(label, [2, 3], [float(r[c]) for r in log[1:]]) for label, c in (("hardness", "hardness"), ("confident pixels", "confident"))]
     courses = {name: [float(r["hardness"]) for r in hard if r["id"] == name] for name in {r["id"] for r in hard}}
@@ -999,7 +999,7 @@ def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
     assert len(single.lines) == 9 and single.lines[0] == ("mean", [2, 3], mean.lines[0][2]) and len(courses) == 8
     assert [pytest.approx(np.mean(line[2])) for line in single.lines[1:]] == means
     imas.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b")])
-    assert (tmp_path / "compare.png").exists() and [line[0] for line in Drawing.last.axes[0, 0].lines] == ["a", "b"]
+    assert (tmp_path / "compare.png").exists() and [line[0] for line in Drawing.last.axes[0, 0].lines] == ["a: mIoU", "b: mIoU"]
 
 
 def test_readme_example_runs(tmp_path, monkeypatch):
