@@ -1078,12 +1078,13 @@ def plot(runs, path):
         for axis, column, rows, label, style in (
                 (miou, "miou", scored, "mIoU", ".-"), (loss, "loss_x", slice(None), "labeled, L_x", "-"), (loss, "loss_u", unlabeled, "unlabeled, L_u", "--"),
                 (mean, "hardness", unlabeled, "hardness", "-"), (mean, "confident", unlabeled, "confident pixels", "--"), (single, "hardness", unlabeled, "mean", "-")):
-            axis.plot(log["epoch"][rows], log[column][rows], style, color=colour, lw=3 if axis is single else 1.5, label=name + label)
+            if log["epoch"][rows].size:
+                axis.plot(log["epoch"][rows], log[column][rows], style, color=colour, lw=3 if axis is single else 1.5, label=name + label)
         order, some = sorted(courses.values(), key=lambda course: sum(g for _, g in course) / len(course)), 4 if len(runs) == 1 else 1
         for kind, chosen, style in (("easiest", order[:some], "-"), ("hardest", order[some:][-some:], ":")):
             for i, course in enumerate(chosen):
                 single.plot(*zip(*course), style, color=colour, lw=1, label=name + kind if i == 0 else None)
-    for axis, label in zip(axes, ("mIoU of the teacher [%]", "loss", "share of pixels; mean hardness [0 to 1]", "hardness of single images [0 to 1]")):
+    for axis, label in zip(axes, ("mIoU of the teacher [%]", "loss", "hardness, confidence [0 to 1]", "hardness of single images [0 to 1]")):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
