@@ -1402,6 +1402,8 @@ def main(argv=None):
         if rank() == 0:
             print("imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
         raise SystemExit(2) from None
+    except KeyboardInterrupt:                    # outside training, which saves first
+        raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's handler would raise when a loader's worker is ended
