@@ -1152,7 +1152,7 @@ def train(s, device, resume):
         signals, due = zip(*gather((stopped[:1], time.monotonic() - saved > 60 * s.save_every)))
         epoch_ends, stop = done % steps == 0, sum(signals, [])
         if fresh and (done % LOOK_EVERY == 0 or epoch_ends or stop or due[0]):
-            history += look(fresh, s, labeled, unlabeled, shares, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
+            history += look(fresh, data, shares, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
                             (time.monotonic() - begun) / (done - first), total - done)
             fresh = []
         if stop or due[0]:
@@ -1203,13 +1203,13 @@ def end_epoch(done, steps, history, best, learner, data, validation, s, device, 
     return max(best, miou)                                   # in this order NaN, not evaluated, is not better
 
 
-def look(fresh, s, labeled, unlabeled, shares, place, seconds, left):
+def look(fresh, data, shares, place, seconds, left):
     """Show how the run goes; returns the records `fresh` of all processes on the CPU. UserError if a loss is not finite."""
+    s = data.s
     records = sorted((r for part in gather([(*r[:2], *(x.cpu() for x in r[2:])) for r in fresh]) for r in part), key=lambda r: r[:2])
     for step, share, values, _, _ in records:
         if not values.isfinite().all():
-            keys = next(share_keys(s, len(labeled), len(unlabeled), shares, [share], step))
-            names = [(labeled if stream == LABELED else unlabeled)[index].id for stream, _, _, index in keys]
+            names = [data.samples[stream][index].id for stream, _, _, index in next(share_keys(s, *map(len, data.samples.values()), shares, [share], step))]
             raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: lower --lr, or look at these images; "
                             f"the last good checkpoint is {Path(s.out) / 'last.pt'}")
     loss_x, loss_u, gamma = torch.stack([r[2][:3] for r in records]).mean(0).tolist()
@@ -1255,11 +1255,12 @@ def parse(argv):
     on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
     parser = argparse.ArgumentParser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.", allow_abbrev=False)
     parser.error = fail
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
-    parser.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
-    parser.add_argument("--predict", metavar="IMAGE", nargs="+", help="write masks and overlays of these images, folders or patterns into --out")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
+    what.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
+    what.add_argument("--predict", metavar="IMAGE", nargs="+", help="write masks and overlays of these images, folders or patterns into --out")
     parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
-    parser.add_argument("--plot", metavar="RUN", nargs="+", help="draw the curves of these runs into one picture, train nothing")
+    what.add_argument("--plot", metavar="RUN", nargs="+", help="draw the curves of these runs into one picture, train nothing")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
         default = ("off", "on")[field.default] if field.type is bool else "''" if field.default == "" else field.default
@@ -1333,14 +1334,15 @@ def score(s, checkpoint, device):
 
 def find_pictures(patterns, out):
     """[(picture, mask, overlay), ...]: the files that `patterns` (files, folders, glob patterns) name, and where in `out` their results belong."""
-    jobs, taken = [], {}
+    pictures, taken = {}, {}
     for pattern in patterns:
         path = Path(pattern)
         found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern)))
         found = [p for p in found if p.is_file() and not p.name.startswith(".")]
         if not found:
             raise UserError(f"--predict {pattern}: there is no such file, and no file in it")
-        jobs += [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in found]
+        pictures |= dict.fromkeys(found)                     # each once, in order
+    jobs = [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in pictures]
     for picture, *targets in jobs:
         for target in targets:
             if target.exists() or taken.setdefault(target, picture) is not picture:
@@ -1368,7 +1370,7 @@ def predict_pictures(s, patterns, checkpoint, device):
             painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
             save(mask, painted)
             save(overlay, Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen))
-            tell(f"{done * world()} of {len(jobs)} pictures", last=False)
+            tell(f"{min(done * world(), len(jobs))} of {len(jobs)} pictures", last=False)
 
     together(label_mine)
     faults = sum(gather(faults), [])

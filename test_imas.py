@@ -1339,6 +1339,7 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "other network": (lambda r: torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}}, r / "x.pt"), "--eval {r}/x.pt",
                       ["x.pt", "--num-classes"]),
     "no checkpoint to predict with": (None, "--predict {r}", ["--predict IMAGE", "--checkpoint"]),
+    "two things at once": (network, "--eval {r}/x.pt --plot {r}", ["--plot", "not allowed with", "--eval"]),
     "nothing to predict": (network, "--predict {r}/no*.jpg --checkpoint {r}/x.pt", ["no*.jpg", "no such file"]),
     "two masks of one name": (network, "--predict {r}/JPEGImages/val_1.jpg {r}/SegmentationClass/val_1.png --checkpoint {r}/x.pt", ["val_1.png", "too", "--out"]),
     "picture in the way": (network, "--predict {r}/SegmentationClass/val_1.png --checkpoint {r}/x.pt --out {r}/SegmentationClass", ["val_1.png", "already"]),
