@@ -128,12 +128,14 @@ class Settings:
 PRESETS = {
     "voc": dict(num_classes=21, backbone="resnet101", base_size=500,
                 class_names=",".join(c.strip("_") for c in DeepLabV3_ResNet50_Weights.DEFAULT.meta["categories"])),
-    "cityscapes": dict(num_classes=19, class_names=",".join(c.name for c in CITYSCAPES), base_size=2048, crop=769, lr=0.01, head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7,
-                       ohem=True, aux_weight=0.4, sliding=True),
-    "camvid": dict(num_classes=11, class_names="sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist", background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4,
-                   width=64, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
-    "demo": dict(num_classes=6, class_names="background,disc,square,triangle,cross,ring", backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, labeled="16",
-                 lr=0.03, head_lr=1.0, tau=0.8, lambda_u=0.5, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
+    "cityscapes": dict(num_classes=19, class_names=",".join(c.name for c in CITYSCAPES), base_size=2048, crop=769, lr=0.01, head_lr=1.0,
+                       weight_decay=5e-4, epochs=240, tau=0.7, ohem=True, aux_weight=0.4, sliding=True),
+    "camvid": dict(num_classes=11, class_names="sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist",
+                   background=None, backbone="resnet18", weights="none", base_size=240, crop=128, batch=4, width=64,
+                   lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
+    "demo": dict(num_classes=6, class_names="background,disc,square,triangle,cross,ring", labeled="16",
+                 backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, lr=0.03, head_lr=1.0,
+                 tau=0.8, lambda_u=0.5, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
 }
 
 
@@ -143,7 +145,7 @@ def check_settings(s):
         value, low, high = getattr(s, field.name), field.metadata.get("low"), field.metadata.get("high", 1e9)
         if low is not None and not low <= value <= high:
             raise UserError(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high:g}")
-    unknown = set(s.adapt.split(",")) - {"intensity", "cutmix", "loss", "none"}
+    unknown = s.adapt != "none" and set(s.adapt.split(",")) - {"intensity", "cutmix", "loss"}
     for wrong, line in (
             (unknown, f"--adapt {s.adapt}: a comma-separated choice of intensity, cutmix, loss; or none"),
             (s.background is not None and not 0 <= s.background < s.num_classes,
@@ -684,7 +686,8 @@ def train_step(learner, batch, step, teacher_step, s, device):
     step          number of the step from 0; seeds CutMix
     teacher_step  steps since the end of the warm-up, 0 while the teacher is to be the student (see update_teacher)
     The loss is L_x + lambda_u L_u, with L_u the intensity view's consistency loss, or the mean of both views' where CutMix fired.
-    Returns a list with one record a share: (step, share, the MEASURED float [5], indices [B] and gamma [B] of its unlabeled images).
+    Returns a list with one record a share: (step, share, the MEASURED float [5], index int64 [B] and gamma [B] of its unlabeled
+    images). Where there are none, in the warm-up, B is 0 and all but loss_x is 0.
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
     adapt = adapted_parts(s)
@@ -733,7 +736,8 @@ def train_step(learner, batch, step, teacher_step, s, device):
             loss_x = labeled_loss(logits[0], label)
             if s.aux_weight:
                 loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
-            losses_u = [consistency_loss(view, **target, tau=s.tau, gamma=gamma if "loss" in adapt else None) for view, target in zip(logits, targets) if target]
+            losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in adapt else None)
+                        for of_view, target in zip(logits, targets) if target]
             loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
             scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
         measured = torch.stack([loss_x.detach(), loss_u.detach(), gamma.sum() / max(len(gamma), 1), confident, fired])
@@ -749,8 +753,8 @@ def train_step(learner, batch, step, teacher_step, s, device):
 
 
 def adapted_parts(s):
-    """Which of intensity, cutmix, loss follow hardness."""
-    return "none" if s.method == "uniform" else s.adapt
+    """The parts that follow hardness: a set of intensity, cutmix, loss."""
+    return set() if s.method == "uniform" else set(s.adapt.split(","))
 
 
 def draw_cutmix(gamma, height, width, step, share, s):
@@ -768,8 +772,9 @@ def draw_cutmix(gamma, height, width, step, share, s):
 
 def autocast(device):
     """Mixed precision on CUDA: bfloat16 where the GPU has it, else float16. Off elsewhere."""
-    half = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else torch.float16
-    return torch.autocast(device.type, dtype=half, enabled=device.type == "cuda")
+    on = device.type == "cuda"
+    half = torch.bfloat16 if on and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    return torch.autocast(device.type, dtype=half, enabled=on)
 
 
 @torch.no_grad()
@@ -803,7 +808,7 @@ def iou_per_class(confusion):
 
 @torch.no_grad()
 def predict(model, image):
-    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W] on any device, by a model of build_model or load.
+    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W] on any device; `model`, in eval mode, comes from `load`.
 
     The picture goes through whole; with `sliding` the result is the mean over windows of crop x crop, or as large as the picture
     where that is smaller; each is 2/3 of a window from the one before, and the last is flush with the border.
@@ -835,8 +840,8 @@ def evaluate(model, samples, s, device):
     Pictures are looked at one by one and whole, each by one process, so that the number of processes changes nothing.
     """
     confusion = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device)
-    load = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers load them
-    loader = DataLoader(samples[rank()::world()], batch_size=None, collate_fn=load, num_workers=s.workers,
+    read = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers read them
+    loader = DataLoader(samples[rank()::world()], batch_size=None, collate_fn=read, num_workers=s.workers,
                         worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda")
 
     def count():
@@ -886,8 +891,11 @@ def set_up_device(name):
     if not name:
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        if name == "cuda" and torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):
-            raise RuntimeError(f"{os.environ['LOCAL_WORLD_SIZE']} processes, {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if name == "cuda" and here > max(torch.cuda.device_count(), 1):
+            raise RuntimeError(f"{here} processes, {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
+        if name.startswith("cuda:") and world() > 1:
+            raise RuntimeError("each process takes a GPU of its own: say cuda, and choose them by CUDA_VISIBLE_DEVICES")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:                   # torch has several for "no such device"
@@ -908,10 +916,10 @@ def build_model(s, weights=None):
     return model
 
 
-def build_learner(s, device, steps):
-    """Student, teacher, optimizer and its schedule over `steps` steps, on `device`."""
+def build_learner(s, device, steps, weights="none"):
+    """Student, teacher, optimizer and its schedule over `steps` steps, on `device`; `weights` are the backbone's, see Settings."""
     torch.manual_seed(s.seed)                                # for the first weights, the only use of the global generator
-    student = build_model(s, None if s.weights == "none" else s.weights)
+    student = build_model(s, None if weights == "none" else weights)
     student = student.to(device, memory_format=torch.channels_last).train()
     if world() > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
@@ -925,7 +933,8 @@ def build_learner(s, device, steps):
     optimizer = torch.optim.SGD([{"params": backbone}, {"params": head, "lr": s.lr * s.head_lr}],
                                 s.lr, s.momentum, weight_decay=s.weight_decay, foreach=True)
     schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-    scaler = torch.amp.GradScaler(device.type, enabled=device.type == "cuda" and not torch.cuda.is_bf16_supported())
+    needed = device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False)       # for float16
+    scaler = torch.amp.GradScaler(device.type, enabled=needed)
     return Learner(student, parallel, teacher, optimizer, schedule, scaler)
 
 
@@ -933,6 +942,7 @@ def save(path, content):
     """Write `content`, text, a picture or an object for torch.save, to `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         if isinstance(content, Image.Image):
             content.save(beside, "PNG")
         else:
@@ -989,13 +999,15 @@ def paint(labels, s):
     return picture
 
 
-def sheet(tiles, titles, legend):
-    """A page of `tiles`, (picture, text in its corner), in rows of len(titles), above a legend of (name, colour)."""
+def sheet(tiles, titles, s):
+    """A page of `tiles`, (picture, text in its corner), in rows of len(titles), above a legend of the classes."""
     font, first, columns = ImageFont.load_default(13), tiles[0][0], len(titles)
+    legend = [*zip(class_names(s), class_colours(s)), ("ignored", (255, 255, 255))]
     width, height = 200, min(max(round(200 * first.height / first.width), 60), 400)
     fitted = [pil_to_tensor(ImageOps.pad(p.convert("RGB"), (width, height), Image.Resampling.BOX, "white")) for p, _ in tiles]
     grid = to_pil_image(make_grid(torch.stack(fitted), columns, padding=4, pad_value=255))
-    per_row = grid.width // 116
+    step = 30 + int(max(font.getlength(name) for name, _ in legend))
+    per_row = max(grid.width // step, 1)
     page = ImageOps.expand(grid, (0, 20, 0, 4 + 20 * -(-len(legend) // per_row)), "white")
     draw = ImageDraw.Draw(page)
     for i, title in enumerate(titles):
@@ -1003,25 +1015,20 @@ def sheet(tiles, titles, legend):
     for i, (_, text) in enumerate(tiles):
         draw.text((9 + i % columns * (width + 4), 26 + i // columns * (height + 4)), text, "black", font, stroke_width=2, stroke_fill="white")
     for i, (name, colour) in enumerate(legend):
-        x, y = 4 + i % per_row * 116, grid.height + 24 + i // per_row * 20
+        x, y = 4 + i % per_row * step, grid.height + 24 + i // per_row * 20
         draw.rectangle((x, y, x + 14, y + 14), colour, "black")
         draw.text((x + 20, y), name, "black", font)
     return page
 
 
-def legend(s):
-    """The names and colours of the classes, and of what is ignored."""
-    return [*zip(class_names(s), class_colours(s)), ("ignored", (255, 255, 255))]
-
-
 def draw_samples(model, samples, path):
-    """Write a sheet of five of `samples`: what `model` says of them."""
+    """Write a sheet of up to five of `samples`: what `model` says of them."""
     tiles, s = [], model.settings
-    for sample in samples[::-(-len(samples) // 5)]:
+    for sample in samples[::max(len(samples) // 5, 1)][:5]:
         image, truth = load_whole(sample, s.num_classes)
         confidence, label = predict(model, image)[0].max(0)
-        tiles += [(to_pil_image(image[0]), sample.id), (paint(truth[0], s), ""), (paint(label, s), ""), (to_pil_image(confidence.cpu()), "")]
-    save(path, sheet(tiles, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), legend(s)))
+        tiles += [(to_pil_image(image[0]), Path(sample.id).name), (paint(truth[0], s), ""), (paint(label, s), ""), (to_pil_image(confidence.cpu()), "")]
+    save(path, sheet(tiles, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), s))
 
 
 def draw_unlabeled(model, history, data, path):
@@ -1046,10 +1053,23 @@ def draw_unlabeled(model, history, data, path):
         confidence, label = predict(model, weak[i:i + 1])[0].max(0)
         colours = pil_to_tensor(paint(torch.where(images["valid"][i], label.cpu(), IGNORE), s).convert("RGB"))
         pale = torch.where(confidence.cpu() >= s.tau, colours, 191 + colours // 4)
-        tiles += [(to_pil_image(weak[i]), f"{data.samples[UNLABELED][images['index'][i]].id}, hardness {g:.2f}"), (to_pil_image(strong), ""),
+        tiles += [(to_pil_image(weak[i]), f"hardness {g:.2f}: {Path(data.samples[UNLABELED][images['index'][i]].id).name}"), (to_pil_image(strong), ""),
                   (to_pil_image(mixed), "" if drawn else "not made for this batch"), (to_pil_image(pale), "")]
     if tiles:
-        save(path, sheet(tiles, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), legend(s)))
+        save(path, sheet(tiles, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), s))
+
+
+def read_run(run):
+    """(log, courses) of the folder `run`: the rows of its log.csv, and those of its hardness.csv image by image."""
+    try:
+        log, single = (list(csv.DictReader((run / name).read_text(encoding="utf-8").splitlines())) for name in ("log.csv", "hardness.csv"))
+        log = [{name: float(row[name]) for name in ("epoch", "miou", *MEASURED)} for row in log]
+        courses = {row["id"]: [] for row in single}
+        for row in single:
+            courses[row["id"]].append({"epoch": int(row["epoch"]), "hardness": float(row["hardness"])})
+        return log, courses.values()
+    except (OSError, ValueError, KeyError, TypeError):
+        raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
 
 
 def plot(runs, path):
@@ -1058,6 +1078,7 @@ def plot(runs, path):
     mIoU, losses, mean hardness and share of confident pixels by epoch, and Figure 3c of the paper: single images' hardness over the
     training, some of the easiest and of the hardest on average, and the mean. Needs matplotlib; without it one line says so.
     """
+    read, some = [read_run(run) for run in runs], 4 if len(runs) == 1 else 1
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1065,25 +1086,23 @@ def plot(runs, path):
         return
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
     miou, loss, mean, single = axes = figure.subplots(2, 2).ravel()
-    for run, colour in zip(runs, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
-        courses = {}                                         # of each image: [(epoch, hardness), ...]
-        try:
-            log = np.atleast_1d(np.genfromtxt(run / "log.csv", delimiter=",", names=True))
-            for row in csv.DictReader((run / "hardness.csv").read_text(encoding="utf-8").splitlines()):
-                courses.setdefault(row["id"], []).append((int(row["epoch"]), float(row["hardness"])))
-            scored, unlabeled = ~np.isnan(log["miou"]), log["hardness"] > 0
-        except (OSError, ValueError, KeyError, TypeError):
-            raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
-        name = f"{run.name}: " if len(runs) > 1 else ""
-        for axis, column, rows, label, style in (
-                (miou, "miou", scored, "mIoU", ".-"), (loss, "loss_x", slice(None), "labeled, L_x", "-"), (loss, "loss_u", unlabeled, "unlabeled, L_u", "--"),
-                (mean, "hardness", unlabeled, "hardness", "-"), (mean, "confident", unlabeled, "confident pixels", "--"), (single, "hardness", unlabeled, "mean", "-")):
-            if log["epoch"][rows].size:
-                axis.plot(log["epoch"][rows], log[column][rows], style, color=colour, lw=3 if axis is single else 1.5, label=name + label)
-        order, some = sorted(courses.values(), key=lambda course: sum(g for _, g in course) / len(course)), 4 if len(runs) == 1 else 1
+    for run, (log, courses), colour in zip(runs, read, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
+        def line(axis, rows, column, style, label, width=1.5):
+            if rows:
+                axis.plot([row["epoch"] for row in rows], [row[column] for row in rows], style, color=colour, lw=width,
+                          label=label and (f"{run.name}: {label}" if len(runs) > 1 else label))
+
+        unlabeled = [row for row in log if row["hardness"] > 0]
+        line(miou, [row for row in log if not math.isnan(row["miou"])], "miou", ".-", "mIoU")
+        line(loss, log, "loss_x", "-", "labeled, L_x")
+        line(loss, unlabeled, "loss_u", "--", "unlabeled, L_u")
+        line(mean, unlabeled, "hardness", "-", "hardness")
+        line(mean, unlabeled, "confident", "--", "confident pixels")
+        line(single, unlabeled, "hardness", "-", "mean", 3)
+        order = sorted(courses, key=lambda course: sum(row["hardness"] for row in course) / len(course))
         for kind, chosen, style in (("easiest", order[:some], "-"), ("hardest", order[some:][-some:], ":")):
             for i, course in enumerate(chosen):
-                single.plot(*zip(*course), style, color=colour, lw=1, label=name + kind if i == 0 else None)
+                line(single, course, "hardness", style, kind if i == 0 else None, 1)
     for axis, label in zip(axes, ("mIoU of the teacher [%]", "loss", "hardness, confidence [0 to 1]", "hardness of single images [0 to 1]")):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
@@ -1113,7 +1132,7 @@ def train(s, device, resume):
     found = gather(resume and (out / "last.pt").exists())
     if any(found) != all(found):
         raise UserError(f"not every process finds {out / 'last.pt'}: --out must lie on a disk that all machines share")
-    learner = build_learner(s, device, total)
+    learner = together(lambda: build_learner(s, device, total, "none" if all(found) else s.weights))
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history = 0, -1.0, []                        # steps, mIoU, and the epoch's records so far
     if all(found):
@@ -1122,7 +1141,8 @@ def train(s, device, resume):
             raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         done, best, history = state["step"], state["best"], state["history"]
         for name, part in parts.items():
-            part.load_state_dict(state[name])
+            if state[name]:                                  # a GradScaler that is not needed has an empty state
+                part.load_state_dict(state[name])
     sizes = state["sizes"] if done else {}
     for name in ("log.csv", "hardness.csv") if rank() == 0 else ():          # what the checkpoint does not know of will come again
         if (out / name).exists():
@@ -1142,7 +1162,7 @@ def train(s, device, resume):
         save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
-              f"{s.batch // shares} + {s.batch // shares} images, on {device}, {f'from step {done} on, ' if done else ''}into {out}", flush=True)
+              f"{s.batch // shares} + {s.batch // shares} images, on {device}, {f'from step {done} on, ' if done else 'nothing to resume, ' if resume else ''}into {out}", flush=True)
     stopped, fresh, begun, first = [], [], time.monotonic(), done
     for number in (signal.SIGTERM, signal.SIGINT):           # the same signal a second time does what it always does
         signal.signal(number, lambda number, frame: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -1272,18 +1292,19 @@ def parse(argv):
         raise UserError("--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
     checkpoint = todo.eval or todo.checkpoint
     base = load_checkpoint(checkpoint)["settings"] if checkpoint else PRESETS.get(given.get("dataset", "demo"), {})
-    if "num_classes" in given and given["num_classes"] != base.get("num_classes"):
-        base = {name: value for name, value in base.items() if name != "class_names"}
+    stale = {"device", "workers"} if checkpoint else set()                  # what in `base` says nothing of this run
+    stale |= {other for name, other in (("dataset", "root"), ("num_classes", "class_names")) if name in given and given[name] != base.get(name)}
+    base = {name: value for name, value in base.items() if name not in stale}
     s = Settings(**base | given)
     if todo.plot:
         s.out = s.out or str(Path(todo.plot[0]) if len(todo.plot) == 1 else Path(todo.plot[0]).parent)
-    s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).name, Path(s.labeled).stem, s.method, str(s.seed)))))
+    s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).resolve().name, Path(s.labeled).stem, s.method, str(s.seed)))))
     last = Path(s.out, "last.pt")
     if todo.resume and last.exists():
         saved = dataclasses.asdict(Settings(**load_checkpoint(last)["settings"])) | {"out": s.out}
         s = Settings(**saved | given)
         for name, value in dataclasses.asdict(s).items():
-            if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate", "class_names"):
+            if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root"):
                 raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {saved[name]}, not {value}: leave it away, or choose another --out")
     if not todo.plot:
         check_settings(s)
@@ -1319,13 +1340,15 @@ def load(checkpoint, device="cpu", s=None):
 
 def score(s, checkpoint, device):
     """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`; write them beside it as JSON."""
-    samples = find_validation(s)
+    samples = together(lambda: find_validation(s))
     confusion = evaluate(load(checkpoint, device, s), samples, s, device).cpu()
+    if not confusion.any():
+        raise UserError(f"the masks of the validation set hold nothing but {IGNORE}: there is nothing to score")
     if rank() == 0:
-        percent = {k: None if math.isnan(v) else 100 * v for k, v in enumerate(iou_per_class(confusion).tolist())}
-        result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": 100 * iou_per_class(confusion).nanmean().item(),
+        iou = 100 * iou_per_class(confusion)
+        result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": iou.nanmean().item(),
                   "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
-                  "classes": [{"name": name, "iou": percent[k]} for k, name in enumerate(class_names(s))]}
+                  "classes": [{"name": name, "iou": None if v != v else v} for name, v in zip(class_names(s), iou.tolist())]}
         for k, entry in enumerate(result["classes"]):
             print(f"{k:3d}  {entry['name']:20}" + ("   in no picture" if entry["iou"] is None else f"  IoU {entry['iou']:6.2f}"))
         print(f"mIoU {result['miou']:.2f}  pixel accuracy {result['pixel_accuracy']:.2f}  ({len(samples)} images)")
@@ -1337,8 +1360,11 @@ def find_pictures(patterns, out):
     pictures, taken = {}, {}
     for pattern in patterns:
         path = Path(pattern)
-        found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern)))
-        found = [p for p in found if p.is_file() and not p.name.startswith(".")]
+        try:
+            found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True)))
+            found = [p for p in found if p.is_file() and not p.name.startswith(".")]
+        except OSError as error:
+            raise UserError(f"--predict {pattern}: cannot look into it ({error.strerror})") from None
         if not found:
             raise UserError(f"--predict {pattern}: there is no such file, and no file in it")
         pictures |= dict.fromkeys(found)                     # each once, in order
@@ -1387,8 +1413,7 @@ def main(argv=None):
     try:
         s, todo = parse(argv)
         if todo.plot:
-            path = Path(s.out, "curves.png" if len(todo.plot) == 1 else "compare.png")
-            return plot([Path(run) for run in todo.plot], path)
+            return plot([Path(run) for run in todo.plot], Path(s.out, "curves.png" if len(todo.plot) == 1 else "compare.png"))
         device = set_up_device(s.device)
         if s.dataset == "demo" and not todo.predict and not data_root(s).exists() and rank() == 0:
             runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](data_root(s))
