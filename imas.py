@@ -377,6 +377,10 @@ class TrainingShares:
         images = [self.load(*key) for key in keys]
         return {name: torch.stack([i[name] for i in images if name in i]) for name in images[0] | images[-1]}
 
+    def keys(self, step, share, shares):
+        """The keys of one share of a step; `shares` is their number in each step."""
+        return next(share_keys(self.s, *map(len, self.samples.values()), shares, [share], step))
+
     def load(self, stream, epoch, position, index):
         """The tensors of one image. Pixels stay uint8 until they are on the device."""
         sample, s, rng = self.samples[stream][index], self.s, np.random.default_rng((self.s.seed, epoch, stream, position))
@@ -1038,10 +1042,11 @@ def draw_unlabeled(model, history, data, path):
     images of those batches alone.
     """
     tiles, s, adapt = [], data.s, adapted_parts(data.s)
-    gammas, shares, fired = {r[:2]: r[4] for r in history}, 1 + max(r[1] for r in history), [r for r in history if r[2][-1]]
-    seen = sorted((g, step, share, i) for step, share, _, _, gamma in fired or history for i, g in enumerate(gamma.tolist()))
+    gammas, shares = {(step, share): gamma for step, share, _, _, gamma in history}, 1 + max(share for _, share, *_ in history)
+    mixed_ones = [(step, share) for step, share, values, _, _ in history if values[MEASURED.index("cutmix")]]
+    seen = sorted((g, *at, i) for at in mixed_ones or gammas for i, g in enumerate(gammas[at].tolist()))
     for g, step, share, i in seen[:2] + seen[2:][-2:]:
-        images, gamma = data[next(share_keys(s, *map(len, data.samples.values()), shares, [share], step))], gammas[step, share]
+        images, gamma = data[data.keys(step, share, shares)], gammas[step, share]
         weak, drawn = images["weak"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
         strong = adapt_intensity(weak.float(), images["strong"].float(), gamma)[i].byte() if "intensity" in adapt else images["strong"][i]
         mixed = torch.full_like(weak[i], 255)
@@ -1208,10 +1213,10 @@ def end_epoch(done, steps, history, best, learner, data, validation, s, device, 
     if epoch % s.eval_every == 0 or epoch == s.epochs:
         miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item()
     if rank() == 0:
-        means = torch.stack([r[2] for r in history]).double().mean(0).tolist()
+        means = torch.stack([values for _, _, values, _, _ in history]).double().mean(0).tolist()
         row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
                "miou": miou, "seconds": seconds + time.monotonic() - begun}
-        gammas = sorted((data.samples[UNLABELED][i].id, g) for r in history for i, g in zip(r[3].tolist(), r[4].tolist()))
+        gammas = sorted((data.samples[UNLABELED][i].id, g) for _, _, _, index, gamma in history for i, g in zip(index.tolist(), gamma.tolist()))
         save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
         save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
         tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
@@ -1226,13 +1231,14 @@ def end_epoch(done, steps, history, best, learner, data, validation, s, device, 
 def look(fresh, data, shares, place, seconds, left):
     """Show how the run goes; returns the records `fresh` of all processes on the CPU. UserError if a loss is not finite."""
     s = data.s
-    records = sorted((r for part in gather([(*r[:2], *(x.cpu() for x in r[2:])) for r in fresh]) for r in part), key=lambda r: r[:2])
+    mine = [(step, share, *(x.cpu() for x in tensors)) for step, share, *tensors in fresh]
+    records = sorted(sum(gather(mine), []), key=lambda record: record[:2])                   # by step and share
     for step, share, values, _, _ in records:
         if not values.isfinite().all():
-            names = [data.samples[stream][index].id for stream, _, _, index in next(share_keys(s, *map(len, data.samples.values()), shares, [share], step))]
+            names = [data.samples[stream][index].id for stream, _, _, index in data.keys(step, share, shares)]
             raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: lower --lr, or look at these images; "
                             f"the last good checkpoint is {Path(s.out) / 'last.pt'}")
-    loss_x, loss_u, gamma = torch.stack([r[2][:3] for r in records]).mean(0).tolist()
+    loss_x, loss_u, gamma = torch.stack([values[:3] for _, _, values, _, _ in records]).mean(0).tolist()
     clock = time.strftime("%H:%M:%S", time.gmtime(seconds * left))
     tell(f"{place}  loss {loss_x + s.lambda_u * loss_u:.3f}  hardness {gamma:.2f}  {2 * s.batch / seconds:.1f} images/s  {clock} left", last=False)
     return records
