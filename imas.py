@@ -135,7 +135,7 @@ PRESETS = {
                    lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12, warmup_epochs=4),
     "demo": dict(num_classes=6, class_names="background,disc,square,triangle,cross,ring", labeled="16",
                  backbone="resnet8", weights="none", width=64, base_size=64, crop=64, batch=16, lr=0.03, head_lr=1.0,
-                 tau=0.8, lambda_u=0.5, ema_decay=0.99, epochs=60, warmup_epochs=15, eval_every=5, workers=0),
+                 tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=70, warmup_epochs=1, eval_every=5, workers=0),
 }
 
 

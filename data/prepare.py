@@ -23,7 +23,7 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFilter
 
 DATA = Path(__file__).resolve().parent
 
@@ -174,8 +174,8 @@ def camvid(root):
 
 
 # The demo: scenes of 64x64 pixels -----------------------------------------------------------------------------------
-# Each class has an outline, a typical hue and a typical texture. Hues spread so widely that neighbours on the colour
-# circle overlap, and one object in seven wears another class's texture: no single cue gives the class, all together do.
+# Each class has an outline, a hue that varies a little, and a texture that a third of its objects wear. Every class stands in
+# most scenes, so that a few labeled ones show all. What makes some scenes harder than others is the weather.
 DEMO_CLASSES = ("background", "disc", "square", "triangle", "cross", "ring")
 SIZE, TRAIN, VAL = 64, 144, 100
 
@@ -186,10 +186,10 @@ def polygon(class_id, centre, radius, angle):
         turns, radii = np.arange(40) / 40, np.ones(40)
     elif class_id == 4:                                     # a cross: 12 corners, 4 of them near the centre
         turns = (np.arange(4)[:, None] / 4 + np.array([-0.05, 0.05, 0.125])).ravel()
-        radii = np.tile([1.0, 1.0, 0.44], 4)
+        radii = np.tile([1.2, 1.2, 0.53], 4)
     else:
         corners = 4 if class_id == 2 else 3
-        turns, radii = np.arange(corners) / corners, np.full(corners, 1.15)
+        turns, radii = np.arange(corners) / corners, np.full(corners, 1.15 if corners == 4 else 1.35)
     angles = 2 * np.pi * turns + angle
     return [tuple(p) for p in centre + radius * radii[:, None] * np.stack([np.cos(angles), np.sin(angles)], 1)]
 
@@ -197,8 +197,8 @@ def polygon(class_id, centre, radius, angle):
 def texture(kind, angle, rng):
     """A pattern in [-1, 1] over the whole scene: 1 plain, 2 stripes, 3 checks, 4 dots, 5 grain."""
     y, x = np.mgrid[:SIZE, :SIZE]
-    u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / rng.uniform(5, 8)
-    v = (y * np.cos(angle) - x * np.sin(angle)) * 2 * np.pi / rng.uniform(5, 8)
+    u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / rng.uniform(5, 7.5)
+    v = (y * np.cos(angle) - x * np.sin(angle)) * 2 * np.pi / rng.uniform(5, 7.5)
     return {1: np.zeros((SIZE, SIZE)), 2: np.sign(np.sin(u)), 3: np.sign(np.sin(u) * np.sin(v)),
             4: np.where(np.cos(u) + np.cos(v) > 0.9, 1.0, -0.3), 5: rng.uniform(-1, 1, (SIZE, SIZE))}[kind]
 
@@ -215,27 +215,32 @@ def draw_scene(rng):
         return np.asarray(Image.new("HSV", (1, 1), (int(hue % 1 * 255), int(saturation * 255), int(value * 255)))
                           .convert("RGB"), np.float64)[0, 0] / 255
 
-    scene = colour(rng.random(), rng.uniform(0, 0.35), rng.uniform(0.25, 0.8)) + 0.08 * clouds(3, rng) \
-        + 0.06 * clouds(9, rng) + rng.uniform(0, 0.12) * texture(int(rng.integers(1, 6)), rng.uniform(0, 6.3), rng)[..., None]
+    scene = colour(rng.random(), rng.uniform(0, 0.25), rng.uniform(0.25, 0.8)) + 0.06 * clouds(3, rng) \
+        + 0.04 * clouds(9, rng) + rng.uniform(0, 0.08) * texture(int(rng.integers(1, 6)), rng.uniform(0, 6.3), rng)[..., None]
     mask = np.zeros((SIZE, SIZE), np.uint8)
-    for _ in range(rng.integers(1, 5)):                     # the later object hides the earlier
-        class_id = int(rng.integers(1, len(DEMO_CLASSES)))
-        radius, angle = np.exp(rng.uniform(np.log(8), np.log(22))), rng.uniform(0, 2 * np.pi)
+    classes = np.concatenate([1 + rng.permutation(5) for _ in range(2)])                 # each once before one comes again
+    for class_id in classes[:rng.integers(4, 8)].tolist():  # the later object hides the earlier
+        radius, angle = np.exp(rng.uniform(np.log(9), np.log(22))), rng.uniform(0, 2 * np.pi)
         centre = rng.uniform(4, SIZE - 4, 2)
         outline = Image.new("L", (SIZE, SIZE))
         ImageDraw.Draw(outline).polygon(polygon(class_id, centre, radius, angle), fill=255)
         if class_id == 5:
-            ImageDraw.Draw(outline).polygon(polygon(1, centre, 0.5 * radius, angle), fill=0)
+            ImageDraw.Draw(outline).polygon(polygon(1, centre, 0.4 * radius, angle), fill=0)
         inside = np.asarray(outline) > 0
-        kind = class_id if rng.random() < 0.85 else int(rng.integers(1, 6))
-        hue = class_id / 5 + rng.normal(0, 0.06)
-        paint = colour(hue, rng.uniform(0.45, 1), rng.uniform(0.5, 1))
-        paint = paint * (1 + rng.uniform(0.15, 0.35) * texture(kind, angle, rng)[..., None])
+        kind = class_id if rng.random() < 0.2 else int(rng.integers(1, 6))
+        paint = colour(class_id / 5 + rng.normal(0, 0.04), rng.uniform(0.45, 1), rng.uniform(0.5, 1))
+        paint = paint * (1 + rng.uniform(0.15, 0.3) * texture(kind, angle, rng)[..., None])
         scene[inside], mask[inside] = paint[inside], class_id
+    # Light from one side, then the weather: faded colours, fog, darkness with a cast, blur, noise.
     y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
     direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.7)
     scene = scene * (1 + strength * (x * np.cos(direction) + y * np.sin(direction)))[..., None]
-    scene = scene + rng.uniform(0.02, 0.08) * rng.normal(size=scene.shape)
+    grey, fog = scene.mean(2, keepdims=True), rng.uniform(0, 0.35)
+    scene = grey + rng.uniform(0.5, 1) * (scene - grey)
+    scene = (1 - fog) * scene + fog * rng.uniform(0.3, 0.9)
+    scene = scene * np.exp(rng.uniform(np.log(0.5), 0.2)) * rng.uniform(0.85, 1.15, 3)
+    blurred = Image.fromarray((scene.clip(0, 1) * 255).round().astype(np.uint8)).filter(ImageFilter.GaussianBlur(rng.uniform(0, 0.8)))
+    scene = np.asarray(blurred) / 255 + rng.uniform(0.01, 0.04) * rng.normal(size=scene.shape)
     return (scene.clip(0, 1) * 255).round().astype(np.uint8), mask
 
 
