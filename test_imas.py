@@ -875,7 +875,7 @@ def test_samples_show_image_truth_argmax_and_confidence(voc, tmp_path):
     samples = imas.find_validation(settings(dataset="voc", root=str(voc)))
     imas.draw_samples(model, samples, tmp_path / "samples.png")
     page = Image.open(tmp_path / "samples.png")
-    assert page.size == (4 + 4 * 204, 20 + 4 + 5 * 154 + 4 + 4 * 20)         # 22 names, 7 in a row
+    assert page.size == (4 + 4 * 204, 20 + 4 + 5 * 154 + 4 + 3 * 20)         # 22 names, 10 in a row
     voc_colours = {0: (0, 0, 0), 3: (128, 128, 0), 20: (0, 64, 128), 255: (255, 255, 255)}
     colours = np.array(imas.class_colours(model.settings))
     for i, sample in enumerate(samples):
