@@ -837,20 +837,29 @@ def predict(model, image):
         return total / count
 
 
+def whole_pictures(samples, s, device):
+    """A loader of load_whole's results: of all `samples`, the part that this process evaluates.
+
+    Its workers live as long as it does. One loader serves a whole run, for each start of workers is a fork beside torch's threads,
+    in which Python 3.11 can, rarely, hang for ever.
+    """
+    read = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers read them
+    return DataLoader(samples, batch_size=None, sampler=range(rank(), len(samples), world()), collate_fn=read, num_workers=s.workers,
+                      persistent_workers=s.workers > 0, worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda")
+
+
 @torch.no_grad()
-def evaluate(model, samples, s, device):
-    """Confusion matrix [C, C] of `model`, in eval mode, over all `samples` and all processes.
+def evaluate(model, pictures, device):
+    """Confusion matrix [C, C] of `model`, in eval mode, over all `pictures` (see whole_pictures) of all processes.
 
     Pictures are looked at one by one and whole, each by one process, so that the number of processes changes nothing.
     """
-    confusion = torch.zeros(s.num_classes, s.num_classes, dtype=torch.int64, device=device)
-    read = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers read them
-    loader = DataLoader(samples[rank()::world()], batch_size=None, collate_fn=read, num_workers=s.workers,
-                        worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda")
+    classes = model.settings.num_classes
+    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
     def count():
-        for image, label in loader:
-            confusion.add_(confusion_matrix(predict(model, image).argmax(1), label.to(device, non_blocking=True), s.num_classes))
+        for image, label in pictures:
+            confusion.add_(confusion_matrix(predict(model, image).argmax(1), label.to(device, non_blocking=True), classes))
 
     together(count)
     if world() > 1:
@@ -1153,7 +1162,7 @@ def train(s, device, resume):
         if (out / name).exists():
             os.truncate(out / name, min(sizes.get(name, 0), (out / name).stat().st_size))
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
-    data = TrainingShares(labeled, unlabeled, s)
+    data, pictures = TrainingShares(labeled, unlabeled, s), whole_pictures(validation, s, device)
     batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
                               worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
 
@@ -1187,7 +1196,7 @@ def train(s, device, resume):
             tell(f"stopped by {signal.Signals(stop[0]).name} after step {done}, saved; go on with the same command and --resume", last=True)
             raise SystemExit(128 + stop[0])
         if epoch_ends and history:
-            best = end_epoch(done, steps, history, best, learner, data, validation, s, device, time.monotonic() - epoch_begun)
+            best = end_epoch(done, steps, history, best, learner, data, pictures, s, device, time.monotonic() - epoch_begun)
             history, epoch_begun = [], time.monotonic()
             save_state()
             saved = time.monotonic()
@@ -1206,12 +1215,12 @@ def train(s, device, resume):
               f"score again with --eval {out / 'best.pt'}, label pictures with --predict FOLDER --checkpoint {out / 'best.pt'} --out MASKS")
 
 
-def end_epoch(done, steps, history, best, learner, data, validation, s, device, seconds):
+def end_epoch(done, steps, history, best, learner, data, pictures, s, device, seconds):
     """Evaluate after `done` steps; write the epoch's rows and pictures from its records `history`; returns the best mIoU so far."""
     epoch, out = done // steps, Path(s.out)
     miou, begun = math.nan, time.monotonic()
     if epoch % s.eval_every == 0 or epoch == s.epochs:
-        miou = 100 * iou_per_class(evaluate(learner.teacher, validation, s, device)).nanmean().item()
+        miou = 100 * iou_per_class(evaluate(learner.teacher, pictures, device)).nanmean().item()
     if rank() == 0:
         means = torch.stack([values for _, _, values, _, _ in history]).double().mean(0).tolist()
         row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
@@ -1221,7 +1230,7 @@ def end_epoch(done, steps, history, best, learner, data, validation, s, device, 
         save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
         tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
         if not math.isnan(miou):
-            draw_samples(learner.teacher, validation, out / "samples.png")
+            draw_samples(learner.teacher, pictures.dataset, out / "samples.png")
             draw_unlabeled(learner.teacher, history, data, out / "unlabeled.png")
         if miou > best:
             save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
@@ -1347,7 +1356,7 @@ def load(checkpoint, device="cpu", s=None):
 def score(s, checkpoint, device):
     """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`; write them beside it as JSON."""
     samples = together(lambda: find_validation(s))
-    confusion = evaluate(load(checkpoint, device, s), samples, s, device).cpu()
+    confusion = evaluate(load(checkpoint, device, s), whole_pictures(samples, s, device), device).cpu()
     if not confusion.any():
         raise UserError(f"the masks of the validation set hold nothing but {IGNORE}: there is nothing to score")
     if rank() == 0:

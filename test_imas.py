@@ -582,7 +582,7 @@ gradients = []
 learner.optimizer.register_step_pre_hook(lambda *_: gradients.append([p.grad.clone() for p in learner.student.parameters()]))
 batch = {share: shares[keys[i]] for i, share in enumerate(mine)}
 records = imas.train_step(learner, batch, 0, 0, s, device)
-confusion = imas.evaluate(learner.teacher, validation, s, device)
+confusion = imas.evaluate(learner.teacher, imas.whole_pictures(validation, s, device), device)
 seen = sorted(sum(imas.gather([(r[1], r[2].tolist(), r[3].tolist(), r[4].tolist(), {k: v for k, v in batch[r[1]].items()}) for r in records]), []), key=lambda r: r[0])
 if imas.rank() == 0:
     torch.save({"gradients": gradients[0], "seen": seen, "confusion": confusion}, sys.argv[2])
