@@ -37,15 +37,10 @@ import runpy
 import signal
 import sys
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
-
-try:
-    import fcntl
-except ImportError:                              # Windows: a second run in the same folder is not noticed there
-    fcntl = None
 
 import numpy as np
 import torch
@@ -64,10 +59,10 @@ from torchvision.transforms.functional import adjust_hue, pil_to_tensor, to_pil_
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 HERE = Path(__file__).resolve().parent
-IMAGE_ENDINGS = (".jpg", ".png", ".jpeg")
+IMAGE_ENDINGS = (".jpg", ".png", ".jpeg", ".JPG", ".JPEG")
+TURNED_BY_CAMERAS = ("JPEG", "MPO")              # formats in which a note says how the camera was held
 IGNORE = 255                                     # the label of pixels that no loss and no score looks at
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as torchvision's weights expect
-MEAN_COLOUR = tuple(round(255 * m) for m in MEAN)
 CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]        # in the order of train_id
 
 
@@ -176,15 +171,13 @@ def read_ids(path):
     ids = {}
     for number, line in enumerate(lines, 1):
         words = line.split()
-        name = words[0] if len(words) == 2 and words[1].endswith(".png") else line
-        name = re.sub("^/?(JPEGImages|leftImg8bit)/", "", name)
-        name = (name.rpartition(".")[0] if name.lower().endswith(IMAGE_ENDINGS) else name).removesuffix("_leftImg8bit")
+        name = words[0] if len(words) == 2 and words[0].lower().endswith(IMAGE_ENDINGS) else line
+        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", name, flags=re.IGNORECASE)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path}, line {number}: '{line}' leads out of the dataset's folder")
         if name in ids:
             raise UserError(f"{path}, line {number}: '{name}' stands there a second time, remove one")
-        if name:
-            ids[name] = number
+        ids |= {name: number} if name else {}
     return list(ids)
 
 
@@ -272,7 +265,7 @@ def find_samples(s, ids, with_masks):
         for path in filter(None, samples[-1][1:]):
             try:
                 with Image.open(path) as picture:            # reads the header alone
-                    turned = picture.format == "JPEG" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                    turned = picture.format in TURNED_BY_CAMERAS and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
                     sizes.append("{}x{}".format(*picture.size[::-1 if turned else 1]))
             except Exception as error:                       # Pillow raises errors of many kinds
                 faults.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is no readable picture")
@@ -289,7 +282,7 @@ def read_image(path):
         with Image.open(path) as image:
             if image.mode[0] in "IF":                        # 16 or 32 bits, whose range Pillow does not convert
                 raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
-            return ImageOps.exif_transpose(image).convert("RGB")
+            return (ImageOps.exif_transpose(image) if image.format in TURNED_BY_CAMERAS else image).convert("RGB")
     except Exception as error:
         raise UserError(f"cannot decode {path} ({error}): replace it, or leave it out") from None
 
@@ -392,10 +385,10 @@ class TrainingShares:
             border = (0, 0, s.crop - picture.width, s.crop - picture.height)
             return pil_to_tensor(ImageOps.expand(picture, border, fill))
 
-        image, label = pad(weak, MEAN_COLOUR), pad(mask, IGNORE)[0]
+        image, label = pad(weak, tuple(round(255 * m) for m in MEAN)), pad(mask, IGNORE)[0]
         if stream == LABELED:
             return {"image": image, "label": label}
-        strong = pad(strong_augment(weak, rng), MEAN_COLOUR)
+        strong = pad(strong_augment(weak, rng), tuple(round(255 * m) for m in MEAN))
         return {"weak": image, "strong": strong, "valid": label != IGNORE, "index": torch.tensor(index)}
 
 
@@ -510,6 +503,7 @@ def load_backbone(net, name, weights):
             state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
+        state = {name: value for name, value in state.items() if not name.startswith("fc.")}             # of any number of classes
         missing = [k for k in net.load_state_dict(state, strict=False).missing_keys if not k.startswith("fc.")]
         if missing:
             raise ValueError(f"{missing[0]} is missing")
@@ -694,14 +688,13 @@ def train_step(learner, batch, step, teacher_step, s, device):
     images). Where there are none, in the warm-up, B is 0 and all but loss_x is 0.
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
-    adapt = adapted_parts(s)
+    adapt, records = adapted_parts(s), []
     labeled_loss = functools.partial(ohem_cross_entropy, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss
-    records = []
     for share, images in batch.items():
         images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
-        views, targets = [normalize(images["image"])], [None]                # what the student sees; what the teacher says of it
+        views, label = [(normalize(images["image"]), None)], images["label"].long()           # (what the student sees, its pseudo-label)
         gamma = index = torch.empty(0, device=device)
-        confident = fired = torch.zeros((), device=device)
+        confident, drawn = torch.zeros((), device=device), None
 
         if "weak" in images:
             weak, strong = normalize(images["weak"]), normalize(images["strong"])             # u and A_s(u)
@@ -712,38 +705,38 @@ def train_step(learner, batch, step, teacher_step, s, device):
                 logits_s, logits_t = student(weak), teacher(weak)                             # [B, C, H, W]
             student.train()
             confidence, pseudo_label = logits_t.float().softmax(1).max(1)                     # [B, H, W]
+            target = {"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}
+            confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
             # Hardness: how far they disagree about it.
             gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)                  # [B]
-            # The intensity view: strong colours, the less of them the harder the image.
+            # The weak view's outputs go nowhere. It is there for BatchNorm, whose running statistics serve clean images, in the
+            # hardness above and in every evaluation.
             if s.weak_in_batch:
-                views, targets = views + [weak], targets + [None]
-            views += [adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong]
-            target = {"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}
-            targets += [target]
+                views.append((weak, None))
+            # The intensity view: strong colours, the less of them the harder the image.
+            views.append((adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong, target))
             # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
             drawn = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                 # the host waits for the device
             if drawn:
                 partner, box = (x.to(device, non_blocking=True) for x in drawn)               # [B], [B, H, W]
-                views += [torch.where(box.unsqueeze(1), weak[partner], weak)]
-                targets += [{name: torch.where(box, x[partner], x) for name, x in target.items()}]
-                fired = torch.ones((), device=device)
-            confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
+                views.append((torch.where(box.unsqueeze(1), weak[partner], weak),
+                              {name: torch.where(box, x[partner], x) for name, x in target.items()}))
 
-        # The student looks at everything at once. The weak images' outputs go nowhere: they are there for BatchNorm, whose
-        # running statistics serve clean images, in the hardness above and in every evaluation.
+        # The student looks at everything at once; gradients cross the processes once a step.
         sync = nullcontext() if parallel is student or share == max(batch) else parallel.no_sync()
-        with sync:                                           # gradients cross the processes once a step
+        with sync:
             with autocast(device):
-                logits = parallel(torch.cat(views))
+                logits = parallel(torch.cat([view for view, _ in views]))
             logits, auxiliary = logits if s.aux_weight else (logits, None)
-            logits, label = logits.split([len(view) for view in views]), images["label"].long()
+            logits = logits.split([len(view) for view, _ in views])
             loss_x = labeled_loss(logits[0], label)
             if s.aux_weight:
                 loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
             losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in adapt else None)
-                        for of_view, target in zip(logits, targets) if target]
+                        for of_view, (_, target) in zip(logits, views) if target]
             loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
             scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
+        fired = torch.full((), float(drawn is not None), device=device)
         measured = torch.stack([loss_x.detach(), loss_u.detach(), gamma.sum() / max(len(gamma), 1), confident, fired])
         records.append((step, share, measured, index, gamma))
 
@@ -864,6 +857,8 @@ def evaluate(model, pictures, device):
     together(count)
     if world() > 1:
         dist.all_reduce(confusion)
+    if not confusion.any():
+        raise UserError(f"the masks of the validation set hold nothing but {IGNORE}: there is nothing to score")
     return confusion
 
 
@@ -932,7 +927,7 @@ def build_model(s, weights=None):
 def build_learner(s, device, steps, weights="none"):
     """Student, teacher, optimizer and its schedule over `steps` steps, on `device`; `weights` are the backbone's, see Settings."""
     torch.manual_seed(s.seed)                                # for the first weights, the only use of the global generator
-    student = build_model(s, None if weights == "none" else weights)
+    student = together(lambda: build_model(s, None if weights == "none" else weights))
     student = student.to(device, memory_format=torch.channels_last).train()
     if world() > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
@@ -962,7 +957,8 @@ def save(path, content):
             beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                 # torch.save tells of a full disk by RuntimeError
-        beside.unlink(missing_ok=True)
+        with suppress(OSError):
+            beside.unlink()
         raise UserError(f"cannot write {path} ({error}): make room, go on (a training with --resume); what was there before is whole") from None
 
 
@@ -970,7 +966,7 @@ def save_rows(path, header, rows):
     """Append `rows` to the CSV file `path`, which begins with `header`."""
     try:
         with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows if file.tell() else [header] + rows)
+            csv.writer(file).writerows(rows if file.tell() else [header, *rows])
     except OSError as error:
         raise UserError(f"cannot write {path} ({error}): make room and go on with --resume") from None
 
@@ -980,7 +976,8 @@ def claim(out):
     try:
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / "lock", "w")
-        if fcntl:
+        with suppress(ImportError):              # on Windows another run is not noticed
+            import fcntl
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return file
     except BlockingIOError:
@@ -1012,23 +1009,23 @@ def paint(labels, s):
     return picture
 
 
-def sheet(tiles, titles, s):
-    """A page of `tiles`, (picture, text in its corner), in rows of len(titles), above a legend of the classes."""
-    font, first, columns = ImageFont.load_default(13), tiles[0][0], len(titles)
-    legend = [*zip(class_names(s), class_colours(s)), ("ignored", (255, 255, 255))]
+def sheet(rows, titles, s):
+    """A page of `rows`, (caption, pictures), under `titles` and above a legend of the classes."""
+    font, first = ImageFont.load_default(13), rows[0][1][0]
     width, height = 200, min(max(round(200 * first.height / first.width), 60), 400)
-    fitted = [pil_to_tensor(ImageOps.pad(p.convert("RGB"), (width, height), Image.Resampling.BOX, "white")) for p, _ in tiles]
-    grid = to_pil_image(make_grid(torch.stack(fitted), columns, padding=4, pad_value=255))
+    fitted = [pil_to_tensor(ImageOps.pad(p.convert("RGB"), (width, height), Image.Resampling.BOX, "white")) for _, row in rows for p in row]
+    grid = to_pil_image(make_grid(torch.stack(fitted), len(titles), padding=4, pad_value=255))
+    legend = [*zip(class_names(s), class_colours(s)), ("ignored", "white")]
     step = 30 + int(max(font.getlength(name) for name, _ in legend))
-    per_row = max(grid.width // step, 1)
-    page = ImageOps.expand(grid, (0, 20, 0, 4 + 20 * -(-len(legend) // per_row)), "white")
+    per_line = max(grid.width // step, 1)
+    page = ImageOps.expand(grid, (0, 20, 0, 4 + 20 * -(-len(legend) // per_line)), "white")
     draw = ImageDraw.Draw(page)
     for i, title in enumerate(titles):
         draw.text((4 + i * (width + 4), 4), title, "black", font)
-    for i, (_, text) in enumerate(tiles):
-        draw.text((9 + i % columns * (width + 4), 26 + i // columns * (height + 4)), text, "black", font, stroke_width=2, stroke_fill="white")
+    for i, (caption, _) in enumerate(rows):
+        draw.text((9, 26 + i * (height + 4)), caption, "black", font, stroke_width=2, stroke_fill="white")
     for i, (name, colour) in enumerate(legend):
-        x, y = 4 + i % per_row * step, grid.height + 24 + i // per_row * 20
+        x, y = 4 + i % per_line * step, grid.height + 24 + i // per_line * 20
         draw.rectangle((x, y, x + 14, y + 14), colour, "black")
         draw.text((x + 20, y), name, "black", font)
     return page
@@ -1036,12 +1033,12 @@ def sheet(tiles, titles, s):
 
 def draw_samples(model, samples, path):
     """Write a sheet of up to five of `samples`: what `model` says of them."""
-    tiles, s = [], model.settings
+    rows, s = [], model.settings
     for sample in samples[::max(len(samples) // 5, 1)][:5]:
         image, truth = load_whole(sample, s.num_classes)
         confidence, label = predict(model, image)[0].max(0)
-        tiles += [(to_pil_image(image[0]), Path(sample.id).name), (paint(truth[0], s), ""), (paint(label, s), ""), (to_pil_image(confidence.cpu()), "")]
-    save(path, sheet(tiles, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), s))
+        rows.append((Path(sample.id).name, (to_pil_image(image[0]), paint(truth[0], s), paint(label, s), to_pil_image(confidence.cpu()))))
+    save(path, sheet(rows, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), s))
 
 
 def draw_unlabeled(model, history, data, path):
@@ -1050,15 +1047,16 @@ def draw_unlabeled(model, history, data, path):
     history: the epoch's records, from which the views' draws follow; data: its TrainingShares. Of an epoch in which CutMix fired,
     images of those batches alone.
     """
-    tiles, s, adapt = [], data.s, adapted_parts(data.s)
-    gammas, shares = {(step, share): gamma for step, share, _, _, gamma in history}, 1 + max(share for _, share, *_ in history)
-    mixed_ones = [(step, share) for step, share, values, _, _ in history if values[MEASURED.index("cutmix")]]
-    seen = sorted((g, *at, i) for at in mixed_ones or gammas for i, g in enumerate(gammas[at].tolist()))
-    for g, step, share, i in seen[:2] + seen[2:][-2:]:
-        images, gamma = data[data.keys(step, share, shares)], gammas[step, share]
-        weak, drawn = images["weak"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
-        strong = adapt_intensity(weak.float(), images["strong"].float(), gamma)[i].byte() if "intensity" in adapt else images["strong"][i]
-        mixed = torch.full_like(weak[i], 255)
+    rows, s = [], data.s
+    records = [r for r in history if r[2][MEASURED.index("cutmix")]] or history
+    seen = sorted((g, n, i) for n, (*_, gamma) in enumerate(records) for i, g in enumerate(gamma.tolist()))
+    for g, n, i in seen[:2] + seen[2:][-2:]:
+        step, share, _, _, gamma = records[n]
+        images = data[data.keys(step, share, 1 + max(r[1] for r in history))]
+        weak, strong, drawn = images["weak"], images["strong"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
+        if "intensity" in adapted_parts(s):
+            strong = adapt_intensity(weak.float(), strong.float(), gamma).byte()
+        mixed = torch.full_like(weak[i], 255)                # blank where there was no CutMix view
         if drawn:
             partner, box = drawn[0][i], drawn[1][i]
             mixed = torch.where(box, weak[partner], weak[i])
@@ -1067,23 +1065,10 @@ def draw_unlabeled(model, history, data, path):
         confidence, label = predict(model, weak[i:i + 1])[0].max(0)
         colours = pil_to_tensor(paint(torch.where(images["valid"][i], label.cpu(), IGNORE), s).convert("RGB"))
         pale = torch.where(confidence.cpu() >= s.tau, colours, 191 + colours // 4)
-        tiles += [(to_pil_image(weak[i]), f"hardness {g:.2f}: {Path(data.samples[UNLABELED][images['index'][i]].id).name}"), (to_pil_image(strong), ""),
-                  (to_pil_image(mixed), "" if drawn else "not made for this batch"), (to_pil_image(pale), "")]
-    if tiles:
-        save(path, sheet(tiles, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), s))
-
-
-def read_run(run):
-    """(log, courses) of the folder `run`: the rows of its log.csv, and those of its hardness.csv image by image."""
-    try:
-        log, single = (list(csv.DictReader((run / name).read_text(encoding="utf-8").splitlines())) for name in ("log.csv", "hardness.csv"))
-        log = [{name: float(row[name]) for name in ("epoch", "miou", *MEASURED)} for row in log]
-        courses = {row["id"]: [] for row in single}
-        for row in single:
-            courses[row["id"]].append({"epoch": int(row["epoch"]), "hardness": float(row["hardness"])})
-        return log, courses.values()
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
+        caption = f"hardness {g:.2f}: {Path(data.samples[UNLABELED][images['index'][i]].id).name}"
+        rows.append((caption, [to_pil_image(view) for view in (weak[i], strong[i], mixed, pale)]))
+    if rows:
+        save(path, sheet(rows, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), s))
 
 
 def plot(runs, path):
@@ -1092,7 +1077,15 @@ def plot(runs, path):
     mIoU, losses, mean hardness and share of confident pixels by epoch, and Figure 3c of the paper: single images' hardness over the
     training, some of the easiest and of the hardest on average, and the mean. Needs matplotlib; without it one line says so.
     """
-    read, some = [read_run(run) for run in runs], 4 if len(runs) == 1 else 1
+    tables, some = [], 4 if len(runs) == 1 else 1
+    for run in runs:
+        try:
+            tables.append([[{name: value if name == "id" else float(value) for name, value in row.items()}
+                            for row in csv.DictReader((run / name).read_text(encoding="utf-8").splitlines())]
+                           for name in ("log.csv", "hardness.csv")])
+            [tables[-1][0][-1][name] for name in ("epoch", "miou", *MEASURED)]
+        except (OSError, ValueError, LookupError, TypeError):
+            raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1100,20 +1093,22 @@ def plot(runs, path):
         return
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
     miou, loss, mean, single = axes = figure.subplots(2, 2).ravel()
-    for run, (log, courses), colour in zip(runs, read, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
+    for run, (log, images), colour in zip(runs, tables, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
         def line(axis, rows, column, style, label, width=1.5):
             if rows:
                 axis.plot([row["epoch"] for row in rows], [row[column] for row in rows], style, color=colour, lw=width,
                           label=label and (f"{run.name}: {label}" if len(runs) > 1 else label))
 
-        unlabeled = [row for row in log if row["hardness"] > 0]
+        unlabeled, courses = [row for row in log if row["hardness"] > 0], {}
         line(miou, [row for row in log if not math.isnan(row["miou"])], "miou", ".-", "mIoU")
         line(loss, log, "loss_x", "-", "labeled, L_x")
         line(loss, unlabeled, "loss_u", "--", "unlabeled, L_u")
         line(mean, unlabeled, "hardness", "-", "hardness")
         line(mean, unlabeled, "confident", "--", "confident pixels")
         line(single, unlabeled, "hardness", "-", "mean", 3)
-        order = sorted(courses, key=lambda course: sum(row["hardness"] for row in course) / len(course))
+        for row in images:
+            courses.setdefault(row["id"], []).append(row)
+        order = sorted(courses.values(), key=lambda course: sum(row["hardness"] for row in course) / len(course))
         for kind, chosen, style in (("easiest", order[:some], "-"), ("hardest", order[some:][-some:], ":")):
             for i, course in enumerate(chosen):
                 line(single, course, "hardness", style, kind if i == 0 else None, 1)
@@ -1140,27 +1135,29 @@ def train(s, device, resume):
     labeled, unlabeled, validation, note = together(lambda: find_data(s))
     steps = len(unlabeled) // s.batch                        # an epoch
     total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
-    if not resume and gather((out / "settings.json").exists())[0]:
+    tables, ids = (out / "log.csv", out / "hardness.csv"), [sample.id for sample in labeled + unlabeled]
+    if not resume and gather(any(path.exists() for path in (out / "settings.json", *tables)))[0]:
         raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
     lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
-    found = gather(resume and (out / "last.pt").exists())
-    if any(found) != all(found):
+    found = set(gather(resume and (out / "last.pt").exists()))
+    if len(found) > 1:
         raise UserError(f"not every process finds {out / 'last.pt'}: --out must lie on a disk that all machines share")
-    learner = together(lambda: build_learner(s, device, total, "none" if all(found) else s.weights))
+    learner = build_learner(s, device, total, "none" if found == {True} else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
-    done, best, history = 0, -1.0, []                        # steps, mIoU, and the epoch's records so far
-    if all(found):
-        state = load_checkpoint(out / "last.pt", "shares", "step", "best", "history", "sizes", *parts)
+    done, best, history, sizes = 0, -1.0, [], [0, 0]         # steps, mIoU, the epoch's records so far, bytes of the tables
+    if found == {True}:
+        state = load_checkpoint(out / "last.pt", "shares", "ids", "step", "best", "history", "sizes", *parts)
         if state["shares"] != shares:
             raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
-        done, best, history = state["step"], state["best"], state["history"]
+        if state["ids"] != ids:
+            raise UserError(f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
+        done, best, history, sizes = state["step"], state["best"], state["history"], state["sizes"]
         for name, part in parts.items():
             if state[name]:                                  # a GradScaler that is not needed has an empty state
                 part.load_state_dict(state[name])
-    sizes = state["sizes"] if done else {}
-    for name in ("log.csv", "hardness.csv") if rank() == 0 else ():          # what the checkpoint does not know of will come again
-        if (out / name).exists():
-            os.truncate(out / name, min(sizes.get(name, 0), (out / name).stat().st_size))
+    for path, size in zip(tables, sizes):
+        if rank() == 0 and path.exists():                    # what the checkpoint does not know of will come again
+            os.truncate(path, min(size, path.stat().st_size))
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
     data, pictures = TrainingShares(labeled, unlabeled, s), whole_pictures(validation, s, device)
     batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
@@ -1168,15 +1165,16 @@ def train(s, device, resume):
 
     def save_state():
         if rank() == 0:
-            save(out / "last.pt", {"settings": dataclasses.asdict(s), "shares": shares, "step": done, "best": best, "history": history,
-                                   "sizes": {name: (out / name).stat().st_size for name in ("log.csv", "hardness.csv") if (out / name).exists()},
+            save(out / "last.pt", {"settings": dataclasses.asdict(s), "shares": shares, "ids": ids, "step": done, "best": best,
+                                   "history": history, "sizes": [path.stat().st_size if path.exists() else 0 for path in tables],
                                    **{name: part.state_dict() for name, part in parts.items()}})
 
     if rank() == 0:
         save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
-              f"{s.batch // shares} + {s.batch // shares} images, on {device}, {f'from step {done} on, ' if done else 'nothing to resume, ' if resume else ''}into {out}", flush=True)
+              f"{s.batch // shares} + {s.batch // shares} images, on {device}, "
+              f"{f'from step {done} on, ' if done else 'nothing to resume, ' if resume else ''}into {out}", flush=True)
     stopped, fresh, begun, first = [], [], time.monotonic(), done
     for number in (signal.SIGTERM, signal.SIGINT):           # the same signal a second time does what it always does
         signal.signal(number, lambda number, frame: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
@@ -1211,7 +1209,7 @@ def train(s, device, resume):
     if rank() == 0:
         plot([out], out / "curves.png")
         print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes; the teacher's best mIoU is {best:.2f}\n"
-              f"{out}: log.csv, hardness.csv (each unlabeled image, each epoch), samples.png, unlabeled.png, curves.png, last.pt, best.pt\n"
+              f"{out}: {', '.join(sorted(path.name for path in out.iterdir() if path.name != 'lock'))}\n"
               f"score again with --eval {out / 'best.pt'}, label pictures with --predict FOLDER --checkpoint {out / 'best.pt'} --out MASKS")
 
 
@@ -1245,8 +1243,8 @@ def look(fresh, data, shares, place, seconds, left):
     for step, share, values, _, _ in records:
         if not values.isfinite().all():
             names = [data.samples[stream][index].id for stream, _, _, index in data.keys(step, share, shares)]
-            raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: lower --lr, or look at these images; "
-                            f"the last good checkpoint is {Path(s.out) / 'last.pt'}")
+            raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: look at these images, or begin again "
+                            f"with a lower --lr and another --out; what was good before is in {Path(s.out) / 'last.pt'}")
     loss_x, loss_u, gamma = torch.stack([values[:3] for _, _, values, _, _ in records]).mean(0).tolist()
     clock = time.strftime("%H:%M:%S", time.gmtime(seconds * left))
     tell(f"{place}  loss {loss_x + s.lambda_u * loss_u:.3f}  hardness {gamma:.2f}  {2 * s.batch / seconds:.1f} images/s  {clock} left", last=False)
@@ -1291,7 +1289,7 @@ def parse(argv):
     parser = argparse.ArgumentParser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.", allow_abbrev=False)
     parser.error = fail
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped")
+    what.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped; begin it if there is none")
     what.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
     what.add_argument("--predict", metavar="IMAGE", nargs="+", help="write masks and overlays of these images, folders or patterns into --out")
     parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
@@ -1305,18 +1303,22 @@ def parse(argv):
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
     if todo.predict and not (todo.checkpoint and "out" in given) or todo.checkpoint and not todo.predict:
         raise UserError("--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
-    checkpoint = todo.eval or todo.checkpoint
-    base = load_checkpoint(checkpoint)["settings"] if checkpoint else PRESETS.get(given.get("dataset", "demo"), {})
-    stale = {"device", "workers"} if checkpoint else set()                  # what in `base` says nothing of this run
+    checkpoint = todo.checkpoint if todo.eval is None else todo.eval
+    base = load_checkpoint(checkpoint)["settings"] if checkpoint is not None else PRESETS.get(given.get("dataset", "demo"), {})
+    stale = set() if checkpoint is None else {"device", "workers"}           # what in `base` says nothing of this run
     stale |= {other for name, other in (("dataset", "root"), ("num_classes", "class_names")) if name in given and given[name] != base.get(name)}
     base = {name: value for name, value in base.items() if name not in stale}
     s = Settings(**base | given)
     if todo.plot:
         s.out = s.out or str(Path(todo.plot[0]) if len(todo.plot) == 1 else Path(todo.plot[0]).parent)
     s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).resolve().name, Path(s.labeled).stem, s.method, str(s.seed)))))
-    last = Path(s.out, "last.pt")
-    if todo.resume and last.exists():
-        saved = dataclasses.asdict(Settings(**load_checkpoint(last)["settings"])) | {"out": s.out}
+    begun = Path(s.out, "settings.json")
+    if todo.resume and begun.exists():
+        try:
+            saved = json.loads(begun.read_text(encoding="utf-8"))
+            saved = dataclasses.asdict(Settings(**{name: value for name, value in saved.items() if name != "shares"})) | {"out": s.out}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise UserError(f"cannot read {begun} ({error}): choose another --out") from None
         s = Settings(**saved | given)
         for name, value in dataclasses.asdict(s).items():
             if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root"):
@@ -1357,8 +1359,6 @@ def score(s, checkpoint, device):
     """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`; write them beside it as JSON."""
     samples = together(lambda: find_validation(s))
     confusion = evaluate(load(checkpoint, device, s), whole_pictures(samples, s, device), device).cpu()
-    if not confusion.any():
-        raise UserError(f"the masks of the validation set hold nothing but {IGNORE}: there is nothing to score")
     if rank() == 0:
         iou = 100 * iou_per_class(confusion)
         result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": iou.nanmean().item(),
@@ -1372,22 +1372,22 @@ def score(s, checkpoint, device):
 
 def find_pictures(patterns, out):
     """[(picture, mask, overlay), ...]: the files that `patterns` (files, folders, glob patterns) name, and where in `out` their results belong."""
-    pictures, taken = {}, {}
+    pictures, owner = {}, {}
     for pattern in patterns:
-        path = Path(pattern)
-        try:
+        path, found = Path(pattern), []
+        with suppress(OSError):                              # a folder that may not be read is as good as empty
             found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True)))
-            found = [p for p in found if p.is_file() and not p.name.startswith(".")]
-        except OSError as error:
-            raise UserError(f"--predict {pattern}: cannot look into it ({error.strerror})") from None
+        found = [p for p in found if p.is_file() and (p == path or not p.name.startswith("."))]
         if not found:
             raise UserError(f"--predict {pattern}: there is no such file, and no file in it")
-        pictures |= dict.fromkeys(found)                     # each once, in order
-    jobs = [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in pictures]
+        pictures |= {p.resolve(): p for p in found}          # each once, in order
+    jobs = [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in pictures.values()]
     for picture, *targets in jobs:
-        for target in targets:
-            if target.exists() or taken.setdefault(target, picture) is not picture:
-                raise UserError(f"{target}, for {picture}, is {'there already' if target.exists() else f'for {taken[target]} too'}: choose another --out")
+        if picture.suffix.lower() in Image.registered_extensions():          # what is no picture will get no mask
+            for target in targets:
+                if target.exists() or owner.setdefault(target, picture) is not picture:
+                    raise UserError(f"{target}, for {picture}, is {'there already' if target.exists() else f'for {owner[target]} too'}: "
+                                    f"choose another --out, or name fewer pictures at once")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -1397,28 +1397,22 @@ def find_pictures(patterns, out):
 
 def predict_pictures(s, patterns, checkpoint, device):
     """Write a palette mask, the class index stored, and an overlay for each picture; UserError at the end if some could not be done."""
-    out, model = Path(s.out), load(checkpoint, device, s)
-    jobs, faults = together(lambda: find_pictures(patterns, out)), []
-
-    def label_mine():
-        for done, (path, mask, overlay) in enumerate(jobs[rank()::world()], 1):
-            try:
-                picture = read_image(path)
-                label = predict(model, pil_to_tensor(picture)[None])[0].argmax(0).cpu()
-            except (UserError, RuntimeError, MemoryError) as error:      # no picture; too large for the memory
-                faults.append(f"{path}: no mask ({(str(error) or 'out of memory').splitlines()[0]})")
-                continue
-            painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
-            save(mask, painted)
-            save(overlay, Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen))
-            tell(f"{min(done * world(), len(jobs))} of {len(jobs)} pictures", last=False)
-
-    together(label_mine)
-    faults = sum(gather(faults), [])
-    if rank() == 0:
-        tell(f"masks and overlays of {len(jobs) - len(faults)} pictures are in {out}", last=True)
-        print(*faults, sep="\n", file=sys.stderr, end="\n" if faults else "")
+    model, faults = load(checkpoint, device, s), []
+    jobs = find_pictures(patterns, Path(s.out))
+    for done, (path, mask, overlay) in enumerate(jobs, 1):
+        try:
+            picture = read_image(path)
+            label = predict(model, pil_to_tensor(picture)[None])[0].argmax(0).cpu()
+        except (UserError, RuntimeError, MemoryError) as error:              # no picture; too large for the memory
+            faults.append(f"{path}: no mask ({(str(error) or 'out of memory').splitlines()[0]})")
+            continue
+        painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
+        save(mask, painted)
+        save(overlay, Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen))
+        tell(f"{done} of {len(jobs)} pictures", last=False)
+    tell(f"masks and overlays of {len(jobs) - len(faults)} pictures are in {s.out}", last=True)
     if faults:
+        print(*faults, sep="\n", file=sys.stderr)
         raise UserError(f"{len(faults)} of {len(jobs)} files gave no mask, they are named above")
 
 
@@ -1433,11 +1427,11 @@ def main(argv=None):
         if s.dataset == "demo" and not todo.predict and not data_root(s).exists() and rank() == 0:
             runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](data_root(s))
         gather(None)                             # all wait for the drawing
-        if todo.predict:
+        if todo.predict and rank() == 0:         # one process is enough for it
             predict_pictures(s, todo.predict, todo.checkpoint, device)
-        elif todo.eval:
+        elif todo.eval is not None:
             score(s, todo.eval, device)
-        else:
+        elif not todo.predict:
             train(s, device, todo.resume)
     except UserError as error:
         # An error from a loader's worker comes with the worker's traceback in front; the last line is the message.

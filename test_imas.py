@@ -866,6 +866,13 @@ def tile(page, row, column, height, width):
     return page[y + rows[:, None], x + columns]
 
 
+@pytest.mark.parametrize("dataset", imas.PRESETS)
+def test_a_dataset_brings_its_preset(dataset):
+    s, _ = imas.parse(["--dataset", dataset, "--labeled", "7"])
+    for name, value in (imas.PRESETS[dataset] | {"labeled": "7"}).items():
+        assert getattr(s, name) == value, name
+
+
 def test_samples_show_image_truth_argmax_and_confidence(voc, tmp_path):
     network(voc)
     model, rng = imas.load(voc / "x.pt"), np.random.default_rng(0)
@@ -941,16 +948,18 @@ def test_masks_for_anyones_pictures(tmp_path, capsys):
     exif[0x0112] = 6
     noise(40, 60).save(folder / "turned.jpg", exif=exif)
     (folder / "notes.txt").write_text("no picture")
+    (folder / "turned.json").write_text("{}")                # beside turned.jpg, and in nobody's way
     (folder / ".hidden").write_text("not even looked at")
     with pytest.raises(SystemExit) as stop:
-        imas.main(["--predict", str(folder), "--checkpoint", str(tmp_path / "x.pt"), "--out", str(tmp_path / "masks"), "--device", "cpu"])
+        imas.main(["--predict", str(folder), str(folder / "../pictures/one.png"), "--checkpoint", str(tmp_path / "x.pt"),
+                   "--out", str(tmp_path / "masks"), "--device", "cpu"])
     lines = capsys.readouterr().err.splitlines()
-    assert stop.value.code == 2 and len(lines) == 2 and "notes.txt" in lines[0] and "1 of 6 files" in lines[1]
+    assert stop.value.code == 2 and len(lines) == 3 and "notes.txt" in lines[0] and "turned.json" in lines[1] and "2 of 7 files" in lines[2]
     names = {"grey": (30, 20), "rgba": (21, 25), "one": (1, 1), "long": (5000, 40), "turned": (40, 60)}
     assert {p.name for p in (tmp_path / "masks").iterdir()} == {f"{n}{end}.png" for n in names for end in ("", "_overlay")}
     painted = 0
     for name, size in names.items():
-        image = imas.read_image(next(folder.glob(name + ".*")))
+        image = imas.read_image(next(folder.glob(name + ".[jp]*g")))
         mask, overlay = Image.open(tmp_path / "masks" / f"{name}.png"), Image.open(tmp_path / "masks" / f"{name}_overlay.png")
         assert mask.size == overlay.size == image.size == size and mask.mode == "P"
         with torch.no_grad():
@@ -1004,7 +1013,9 @@ def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)              # not installed
     for name, more in (("a", ["--warmup-epochs", "1"]), ("b", ["--method", "supervised"])):
         imas.main([*flags, "--out", str(tmp_path / name), *more])
-        assert "pip install matplotlib" in capsys.readouterr().out and not (tmp_path / name / "curves.png").exists()
+        told = capsys.readouterr().out
+        assert "pip install matplotlib" in told and "curves.png" not in told and not (tmp_path / name / "curves.png").exists()
+        assert all(file.name in told for file in (tmp_path / name).iterdir() if file.name != "lock")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", type(sys)("figure"))
     sys.modules["matplotlib.figure"].Figure = Drawing
     imas.main(["--plot", str(tmp_path / "a")])
@@ -1020,6 +1031,10 @@ def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
     assert [pytest.approx(np.mean(line[2])) for line in single.lines[1:]] == means
     imas.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b")])
     assert (tmp_path / "compare.png").exists() and [line[0] for line in Drawing.last.axes[0, 0].lines] == ["a: mIoU", "b: mIoU"]
+    before = (tmp_path / "a/log.csv").read_bytes()           # a file cannot be the folder
+    with pytest.raises(SystemExit) as stop:
+        imas.main(["--plot", str(tmp_path / "a"), "--out", str(tmp_path / "a/log.csv")])
+    assert stop.value.code == 2 and "cannot write" in capsys.readouterr().err and (tmp_path / "a/log.csv").read_bytes() == before
 
 
 def test_readme_example_runs(tmp_path, monkeypatch):
@@ -1268,12 +1283,22 @@ def test_pictures_of_all_modes(mode, tmp_path):
             assert imas.read_image(path).tobytes() == colour.tobytes()
 
 
-def test_picture_turned_by_its_camera_is_turned_back(voc):
+def test_check_and_reader_agree_about_a_png_with_an_orientation(voc):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    (voc / "JPEGImages/2007_000000.jpg").unlink()
+    Image.new("RGB", Image.open(voc / "SegmentationClass/2007_000000.png").size).save(voc / "JPEGImages/2007_000000.png", exif=exif)
+    for sample in imas.find_data(settings(root=str(voc), labeled="6", batch=2, num_classes=21))[0]:
+        assert imas.read_image(sample.image).size == Image.open(sample.mask).size
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "MPO"])
+def test_picture_turned_by_its_camera_is_turned_back(kind, voc):
     path, mask = voc / "JPEGImages/2007_000000.jpg", voc / "SegmentationClass/2007_000000.png"
     upright = Image.open(path).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6                                         # to be turned by 90 degrees clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif, quality=95)
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, kind, exif=exif, quality=95)
     s = settings(root=str(voc), labeled="6", batch=2, num_classes=21)
     sample = next(x for x in imas.find_data(s)[0] if x.id == "2007_000000")                  # the upright mask fits
     assert imas.read_image(sample.image).size == Image.open(mask).size == upright.size
@@ -1368,8 +1393,17 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "class names": (None, "--class-names cat,dog", ["cat,dog", "2 names for 21 classes"]),
     "log without rows": (lambda r: [write(name, b"")(r) for name in ("log.csv", "hardness.csv")][:0] or write("log.csv", b"epoch\n1\n")(r), "--plot {r}", ["no run"]),
     "no run to plot": (None, "--plot {r}", ["--plot", "log.csv", "no run"]),
-    "resume from a best.pt": (lambda r: torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}}, r / "last.pt"), "--out {r} --resume",
-                              ["was begun with --"]),
+    "resume from a best.pt": (lambda r: ((r.parent / "run").mkdir(), torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}},
+                                                                                r.parent / "run/last.pt")), "--resume", ["last.pt", "not a whole checkpoint"]),
+    "resume with other settings": (write("settings.json", json.dumps(dataclasses.asdict(settings(dataset="voc", labeled="4")) | {"shares": 1}).encode()),
+                                   "--out {r} --resume", ["was begun with --"]),
+    "resume with broken settings": (write("settings.json", b"{"), "--out {r} --resume", ["settings.json", "--out"]),
+    "run with other images": (lambda r: (imas.main(command(r, r.parent / "run")), (r / TRAIN).write_text("".join((r / TRAIN).read_text().splitlines(True)[:-1]))),
+                              "--resume", ["run was begun with other training images", "--out"]),
+    "somebody's log": (lambda r: write("log.csv", b"mine")(r), "--out {r}", ["holds a run already", "--out"]),
+    "no name for --eval": (None, "--eval=", ["cannot open the checkpoint"]),
+    "nothing but 255 to score on": (lambda r: [Image.new("L", Image.open(p).size, 255).save(p) for p in (r / "SegmentationClass").glob("val*")], "",
+                                    ["nothing but 255"]),
 }
 
 
