@@ -1303,7 +1303,7 @@ def parse(argv):
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
     if todo.predict and not (todo.checkpoint and "out" in given) or todo.checkpoint and not todo.predict:
         raise UserError("--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
-    checkpoint = todo.checkpoint if todo.eval is None else todo.eval
+    checkpoint = todo.checkpoint or todo.eval
     base = load_checkpoint(checkpoint)["settings"] if checkpoint is not None else PRESETS.get(given.get("dataset", "demo"), {})
     stale = set() if checkpoint is None else {"device", "workers"}           # what in `base` says nothing of this run
     stale |= {other for name, other in (("dataset", "root"), ("num_classes", "class_names")) if name in given and given[name] != base.get(name)}
@@ -1429,7 +1429,7 @@ def main(argv=None):
         gather(None)                             # all wait for the drawing
         if todo.predict and rank() == 0:         # one process is enough for it
             predict_pictures(s, todo.predict, todo.checkpoint, device)
-        elif todo.eval is not None:
+        elif todo.eval:
             score(s, todo.eval, device)
         elif not todo.predict:
             train(s, device, todo.resume)

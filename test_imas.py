@@ -1298,7 +1298,9 @@ def test_picture_turned_by_its_camera_is_turned_back(kind, voc):
     upright = Image.open(path).convert("RGB")
     exif = Image.Exif()
     exif[0x0112] = 6                                         # to be turned by 90 degrees clockwise
-    upright.transpose(Image.Transpose.ROTATE_90).save(path, kind, exif=exif, quality=95)
+    second = {"save_all": True, "append_images": [upright]} if kind == "MPO" else {}         # one frame alone would be saved as JPEG
+    upright.transpose(Image.Transpose.ROTATE_90).save(path, kind, exif=exif, quality=95, **second)
+    assert Image.open(path).format == kind
     s = settings(root=str(voc), labeled="6", batch=2, num_classes=21)
     sample = next(x for x in imas.find_data(s)[0] if x.id == "2007_000000")                  # the upright mask fits
     assert imas.read_image(sample.image).size == Image.open(mask).size == upright.size
