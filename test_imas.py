@@ -4,6 +4,7 @@
 """
 
 import ast
+import copy
 import csv
 import dataclasses
 import hashlib
@@ -558,6 +559,78 @@ def test_uniform_is_imas_that_adapts_nothing(voc, tmp_path):
     for name, flags in (("a", ["--method", "uniform"]), ("b", ["--adapt", "none"])):
         imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, *flags])
     assert rows(tmp_path / "a" / "log.csv") == rows(tmp_path / "b" / "log.csv")
+
+
+@pytest.mark.parametrize("changes, fires", [({}, True), ({}, False), ({"adapt": "intensity"}, True), ({"adapt": "cutmix,loss"}, True),
+                                            ({"method": "uniform"}, True), ({"weak_in_batch": False}, True), ({"ohem": True, "aux_weight": 0.4}, False)])
+def test_step_is_the_algorithm(changes, fires, voc):
+    """One step against the algorithm written down again, image by image and pixel by pixel: losses, gradients, teacher."""
+    s = settings(dataset="voc", root=str(voc), labeled="4", num_classes=21, crop=33, base_size=50, batch=4, width=8, tau=0.055,
+                 warmup_epochs=0, **changes)
+    labeled, unlabeled, *_ = imas.find_data(s)
+    learner = imas.build_learner(s, torch.device("cpu"), 10)
+    torch.manual_seed(1)
+    for p in learner.teacher.parameters():                   # a teacher of its own, so that hardness says something
+        p.add_(0.02 * torch.randn_like(p))
+    student, old = copy.deepcopy(learner.student), copy.deepcopy(learner.teacher.state_dict())
+    images = imas.TrainingShares(labeled, unlabeled, s)[next(imas.share_keys(s, 4, 8, 1, [0], 0))]
+    normal = {name: (images[name] / 255 - torch.tensor(imas.MEAN).view(3, 1, 1)) / torch.tensor(imas.STD).view(3, 1, 1)
+              for name in ("image", "weak", "strong")}
+    weak, strong, valid = normal["weak"], normal["strong"], images["valid"]
+    adapt = set() if s.method == "uniform" else set(s.adapt.split(","))
+
+    student.eval()
+    with torch.no_grad():
+        logits_s, logits_t = student(weak), learner.teacher(weak)
+    gamma = [hardness_by_loops(logits_s[i].numpy(), logits_t[i].numpy(), s.tau, 0, valid[i]) for i in range(4)]
+    assert len(set(gamma)) == 4 and min(gamma) < 0.95        # else nothing below would tell right from wrong
+    confidence, pseudo_label = logits_t.softmax(1).max(1)
+    views = [normal["image"]] + [weak] * s.weak_in_batch
+    views.append(torch.stack([(1 - g) * b + g * a if "intensity" in adapt else b for a, b, g in zip(weak, strong, gamma)]))
+    for step in range(100):                                  # the first one whose coin falls as wanted
+        draws = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, 0)).integers(2**63)))
+        if (torch.rand((), generator=draws) < (1 - np.mean(gamma) if "cutmix" in adapt else 0.5)) == fires:
+            break
+    targets = [(pseudo_label, confidence, valid)]
+    if fires:
+        easy_to_hard = sorted(range(4), key=lambda i: gamma[i])
+        partner = [easy_to_hard[3 - easy_to_hard.index(i)] for i in range(4)] if "cutmix" in adapt else torch.randperm(4, generator=draws).tolist()
+        box = imas.cutmix_boxes(4, 33, 33, draws)
+        mixed = [weak.clone(), pseudo_label.clone(), confidence.clone(), valid.clone()]
+        for i, y, x in box.nonzero().tolist():
+            for into, source in zip(mixed, (weak, pseudo_label, confidence, valid)):
+                into[i, ..., y, x] = source[partner[i], ..., y, x]
+        views.append(mixed[0])
+        targets.append(mixed[1:])
+
+    student.train()
+    outputs = student(torch.cat(views))
+    logits, auxiliary = outputs if s.aux_weight else (outputs, None)
+    label, losses = images["label"].long(), []
+
+    def labeled_loss(of):                                    # 4 x 33 x 33 pixels are fewer than OHEM keeps at least: it takes all
+        return torch.nn.functional.cross_entropy(of, label, ignore_index=255)
+
+    loss_x = labeled_loss(logits[:4]) + (s.aux_weight * labeled_loss(auxiliary[:4]) if s.aux_weight else 0)
+    for of_view, (labels, sureness, there) in zip(logits.split(4)[-len(targets):], targets):
+        for i in range(4):
+            sums = [torch.nn.functional.cross_entropy(of_view[i, :, y, x], labels[i, y, x]) for y in range(33) for x in range(33)
+                    if there[i, y, x] and sureness[i, y, x] >= s.tau]
+            losses.append((1 - gamma[i] if "loss" in adapt else 1) * sum(sums, torch.zeros(())) / 33**2)
+    loss_u = sum(losses) / len(losses)
+    expected = torch.autograd.grad(loss_x + s.lambda_u * loss_u, list(student.parameters()), allow_unused=True)
+
+    gradients = []
+    learner.optimizer.register_step_pre_hook(lambda *_: gradients.extend(p.grad.clone() for p in learner.student.parameters()))
+    (record,) = imas.train_step(learner, {0: images}, step, 3, s, torch.device("cpu"))
+    share = sum((confidence[i] >= s.tau)[valid[i]].sum() for i in range(4)) / valid.sum()
+    assert record[2].tolist() == pytest.approx([loss_x.item(), loss_u.item(), np.mean(gamma), share.item(), float(fires)], rel=1e-5)
+    assert record[3].tolist() == images["index"].tolist() and record[4].tolist() == pytest.approx(gamma, abs=1e-6)
+    largest = max(g.abs().max() for g in expected)
+    assert all(torch.allclose(a, b, rtol=0, atol=1e-5 * largest) for a, b in zip(gradients, expected, strict=True))
+    new = learner.student.state_dict()
+    for name, value in learner.teacher.state_dict().items():     # step 3 after the warm-up: alpha is 3/4
+        assert torch.allclose(value, 0.75 * old[name] + 0.25 * new[name] if value.is_floating_point() else new[name], atol=1e-6), name
 
 
 TWO_WAYS = """
