@@ -25,6 +25,7 @@ import argparse
 import copy
 import csv
 import dataclasses
+import datetime
 import functools
 import glob
 import io
@@ -60,7 +61,7 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 HERE = Path(__file__).resolve().parent
 IMAGE_ENDINGS = (".jpg", ".png", ".jpeg", ".JPG", ".JPEG")
-TURNED_BY_CAMERAS = ("JPEG", "MPO")              # formats in which a note says how the camera was held
+TURNED_BY_CAMERAS = ("JPEG", "MPO")              # formats whose header says how the camera was held
 IGNORE = 255                                     # the label of pixels that no loss and no score looks at
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as torchvision's weights expect
 CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]        # in the order of train_id
@@ -163,7 +164,7 @@ class Sample(NamedTuple):
 
 
 def read_ids(path):
-    """The ids in the list file `path`: plain ones, or paths ("JPEGImages/x.jpg", with or without the mask's path behind)."""
+    """The ids in the list file `path`: plain ones, or paths ("JPEGImages/x.jpg"). What stands behind a path, the mask's, is left out."""
     try:
         lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
@@ -171,7 +172,8 @@ def read_ids(path):
     ids = {}
     for number, line in enumerate(lines, 1):
         words = line.split()
-        name = words[0] if len(words) == 2 and words[0].lower().endswith(IMAGE_ENDINGS) else line
+        name = words[0] if len(words) == 2 and words[0].lower().endswith(IMAGE_ENDINGS) else line            # an id may have a space
+        name = Path(name).as_posix() if name else ""                         # "./x" and "x" are one id
         name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", name, flags=re.IGNORECASE)
         if Path(name).is_absolute() or ".." in Path(name).parts:
             raise UserError(f"{path}, line {number}: '{line}' leads out of the dataset's folder")
@@ -232,8 +234,8 @@ def find_data(s):
         labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {path.name}"
     else:
         (pool, path), labeled, note = list_ids(s, "train"), read_ids(Path(s.labeled)), f"listed in {s.labeled}"
-        if not labeled:
-            raise UserError(f"{s.labeled} holds no id")
+    if not labeled:
+        raise UserError(f"no id is labeled: the list is empty ({note})")
     both = {v.id for v in validation} & {*pool, *labeled}
     if both:
         raise UserError(f"{len(both)} ids are both in val and among the training images, '{min(both)}' for one: remove them from one side")
@@ -307,7 +309,8 @@ def read_mask(sample, num_classes):
         labels = np.array([train_id.get(k, IGNORE) for k in range(256)], np.uint8)[labels]
     wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
     if wrong.size:
-        raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; --num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
+        raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; "
+                        f"--num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
     return Image.fromarray(labels.astype(np.uint8))
 
 
@@ -400,7 +403,7 @@ def share_keys(s, n_labeled, n_unlabeled, shares, mine, step):
     """
     steps = n_unlabeled // s.batch
     for epoch in range(step // steps, s.epochs):
-        alone = without_unlabeled(s, epoch)                  # then the labeled images take their places
+        alone = s.method == "supervised" or epoch < s.warmup_epochs          # then labeled images take the unlabeled ones' places
         size = {LABELED: s.batch // shares * (1 + alone), UNLABELED: s.batch // shares * (not alone)}
         order = {}
         for stream, n in ((LABELED, n_labeled), (UNLABELED, n_unlabeled)):
@@ -410,11 +413,6 @@ def share_keys(s, n_labeled, n_unlabeled, shares, mine, step):
             for share in mine:
                 yield [(stream, epoch, p, order[stream][p]) for stream in (LABELED, UNLABELED)
                        for p in range((at * shares + share) * size[stream], (at * shares + share + 1) * size[stream])]
-
-
-def without_unlabeled(s, epoch):
-    """Whether the steps of `epoch` (from 0) learn from labeled images alone: all of `supervised`, and the warm-up."""
-    return s.method == "supervised" or epoch < s.warmup_epochs
 
 
 def load_whole(sample, num_classes):
@@ -481,9 +479,9 @@ def dilated_resnet(name, weights, output_stride):
         net.layer4 = nn.Identity()
     else:
         net = getattr(torchvision.models, name)()
+    del net.avgpool, net.fc
     if weights is not None:
         load_backbone(net, name, weights)
-    del net.avgpool, net.fc
     for stage, plain_stride, grid in ((net.layer3, 16, [1] * 99), (net.layer4, 32, [1, 2, 4])):
         rate = plain_stride // output_stride
         if rate > 1:
@@ -503,8 +501,7 @@ def load_backbone(net, name, weights):
             state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        state = {name: value for name, value in state.items() if not name.startswith("fc.")}             # of any number of classes
-        missing = [k for k in net.load_state_dict(state, strict=False).missing_keys if not k.startswith("fc.")]
+        missing = net.load_state_dict(state, strict=False).missing_keys      # what is too much, as the classifier, is left
         if missing:
             raise ValueError(f"{missing[0]} is missing")
     except Exception as error:                   # of the network, the disk, the file's format, the names or the shapes
@@ -585,8 +582,8 @@ def pair_hard_easy(gamma):
 def cutmix_boxes(batch, height, width, generator):
     """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner's pixels are pasted.
 
-    All boxes of a batch have one size, v times height and width with v ~ U(0.1, 0.9); each has its own centre, drawn from
-    [height/16, height) x [width/16, width), and is clipped at the border. generator: torch.Generator of the CPU.
+    All boxes of a batch have one size, v times height and width with v ~ U(0.1, 0.9), rounded down to even; each has its own
+    centre, drawn from [height/16, height) x [width/16, width), and is clipped at the border. generator: torch.Generator of the CPU.
     """
     v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
 
@@ -612,7 +609,8 @@ def supervised_loss(logits, target):
 def ohem_cross_entropy(logits, target, threshold, min_kept, ignore=255):
     """Cross entropy over the hard labeled pixels alone (online hard example mining, Shrivastava et al., CVPR 2016).
 
-    Hard: the true class has probability <= threshold; if these are fewer than min_kept, the min_kept least probable pixels.
+    Hard: the true class has probability <= threshold; if these are fewer than min_kept, the min_kept least probable pixels,
+    and all that are as probable as the last of them.
     logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1 or `ignore`. -> scalar, 0 where no pixel is labeled
     """
     loss = torch.nn.functional.cross_entropy(logits.float(), target, ignore_index=ignore, reduction="none")
@@ -693,8 +691,8 @@ def train_step(learner, batch, step, teacher_step, s, device):
     for share, images in batch.items():
         images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
         views, label = [(normalize(images["image"]), None)], images["label"].long()           # (what the student sees, its pseudo-label)
-        gamma = index = torch.empty(0, device=device)
-        confident, drawn = torch.zeros((), device=device), None
+        gamma, confident, drawn = torch.empty(0, device=device), torch.zeros((), device=device), None
+        index = gamma.long()
 
         if "weak" in images:
             weak, strong = normalize(images["weak"]), normalize(images["strong"])             # u and A_s(u)
@@ -805,10 +803,11 @@ def iou_per_class(confusion):
 
 @torch.no_grad()
 def predict(model, image):
-    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W] on any device; `model`, in eval mode, comes from `load`.
+    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W] on any device; `model` is in eval mode.
 
-    The picture goes through whole; with `sliding` the result is the mean over windows of crop x crop, or as large as the picture
-    where that is smaller; each is 2/3 of a window from the one before, and the last is flush with the border.
+    The model's attribute `settings`, which `load` gives it, says how: the picture goes through whole; with `sliding` the result
+    is the mean over windows of crop x crop, or as large as the picture where that is smaller; each is 2/3 of a window from the
+    one before, and the last is flush with the border.
     """
     s, device = model.settings, next(model.parameters()).device
     image = normalize(image.to(device, non_blocking=True))
@@ -934,8 +933,8 @@ def build_learner(s, device, steps, weights="none"):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     parallel = student
     if world() > 1:
-        parallel = nn.parallel.DistributedDataParallel(student, [device] if device.type == "cuda" else None)
-        parallel.broadcast_buffers = False                   # BatchNorm's statistics are shared otherwise
+        parallel = nn.parallel.DistributedDataParallel(        # BatchNorm's statistics are shared otherwise, see train_step
+            student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     backbone = list(student.backbone.parameters())
     head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.SGD([{"params": backbone}, {"params": head, "lr": s.lr * s.head_lr}],
@@ -959,7 +958,8 @@ def save(path, content):
     except (OSError, RuntimeError) as error:                 # torch.save tells of a full disk by RuntimeError
         with suppress(OSError):
             beside.unlink()
-        raise UserError(f"cannot write {path} ({error}): make room, go on (a training with --resume); what was there before is whole") from None
+        raise UserError(f"cannot write {path} ({error}): make room, or choose another --out; what was there before is whole, "
+                        f"and a training goes on with --resume") from None
 
 
 def save_rows(path, header, rows):
@@ -1083,7 +1083,7 @@ def plot(runs, path):
             tables.append([[{name: value if name == "id" else float(value) for name, value in row.items()}
                             for row in csv.DictReader((run / name).read_text(encoding="utf-8").splitlines())]
                            for name in ("log.csv", "hardness.csv")])
-            [tables[-1][0][-1][name] for name in ("epoch", "miou", *MEASURED)]
+            [tables[-1][0][-1][name] for name in ("epoch", "miou", *MEASURED)]          # LookupError unless all are there
         except (OSError, ValueError, LookupError, TypeError):
             raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
     try:
@@ -1093,7 +1093,8 @@ def plot(runs, path):
         return
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
     miou, loss, mean, single = axes = figure.subplots(2, 2).ravel()
-    for run, (log, images), colour in zip(runs, tables, itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))):
+    colours = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))
+    for run, (log, images), colour in zip(runs, tables, colours):
         def line(axis, rows, column, style, label, width=1.5):
             if rows:
                 axis.plot([row["epoch"] for row in rows], [row[column] for row in rows], style, color=colour, lw=width,
@@ -1124,9 +1125,6 @@ def plot(runs, path):
     print(f"curves of {len(runs)} run(s): {path}")
 
 
-LOOK_EVERY = 10                                              # steps between two looks at the records
-
-
 def train(s, device, resume):
     """Train by the Settings `s`, from the start or from where the run in the folder s.out stopped."""
     out, shares = Path(s.out), world() * s.accumulate
@@ -1135,18 +1133,21 @@ def train(s, device, resume):
     labeled, unlabeled, validation, note = together(lambda: find_data(s))
     steps = len(unlabeled) // s.batch                        # an epoch
     total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
-    tables, ids = (out / "log.csv", out / "hardness.csv"), [sample.id for sample in labeled + unlabeled]
-    if not resume and gather(any(path.exists() for path in (out / "settings.json", *tables)))[0]:
-        raise UserError(f"{out} holds a run already: go on with --resume, or choose another --out")
-    lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
-    found = set(gather(resume and (out / "last.pt").exists()))
+    last, tables = out / "last.pt", (out / "log.csv", out / "hardness.csv")
+    ids = [sample.id for sample in labeled + unlabeled]
+    found = set(gather(resume and last.exists()))
     if len(found) > 1:
-        raise UserError(f"not every process finds {out / 'last.pt'}: --out must lie on a disk that all machines share")
+        raise UserError(f"not every process finds {last}: --out must lie on a disk that all machines share")
+    files = (last, out / "best.pt", out / "settings.json", *tables)
+    if found == {False} and gather(any(path.exists() for path in files))[0]:                 # as process 0 sees the folder
+        raise UserError(f"{out} holds a run already" + (
+            ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
+    lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
     learner = build_learner(s, device, total, "none" if found == {True} else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history, sizes = 0, -1.0, [], [0, 0]         # steps, mIoU, the epoch's records so far, bytes of the tables
     if found == {True}:
-        state = load_checkpoint(out / "last.pt", "shares", "ids", "step", "best", "history", "sizes", *parts)
+        state = load_checkpoint(last, "shares", "ids", "step", "best", "history", "sizes", *parts)
         if state["shares"] != shares:
             raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         if state["ids"] != ids:
@@ -1165,12 +1166,12 @@ def train(s, device, resume):
 
     def save_state():
         if rank() == 0:
-            save(out / "last.pt", {"settings": dataclasses.asdict(s), "shares": shares, "ids": ids, "step": done, "best": best,
-                                   "history": history, "sizes": [path.stat().st_size if path.exists() else 0 for path in tables],
-                                   **{name: part.state_dict() for name, part in parts.items()}})
+            save(last, {"settings": dataclasses.asdict(s), "shares": shares, "ids": ids, "step": done, "best": best,
+                        "history": history, "sizes": [path.stat().st_size if path.exists() else 0 for path in tables],
+                        **{name: part.state_dict() for name, part in parts.items()}})
+            save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
 
     if rank() == 0:
-        save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
               f"{s.batch // shares} + {s.batch // shares} images, on {device}, "
@@ -1183,21 +1184,19 @@ def train(s, device, resume):
         # Between two steps. What one process has met, all act on.
         signals, due = zip(*gather((stopped[:1], time.monotonic() - saved > 60 * s.save_every)))
         epoch_ends, stop = done % steps == 0, sum(signals, [])
-        if fresh and (done % LOOK_EVERY == 0 or epoch_ends or stop or due[0]):
+        if fresh and (done % 10 == 0 or epoch_ends or stop or due[0]):       # seldom, for the host waits for the device here
             history += look(fresh, data, shares, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
                             (time.monotonic() - begun) / (done - first), total - done)
             fresh = []
-        if stop or due[0]:
+        if epoch_ends and history and not stop:
+            best = end_epoch(done, steps, history, best, learner, data, pictures, s, device, time.monotonic() - epoch_begun)
+            history, epoch_begun = [], time.monotonic()
+        if epoch_ends or stop or due[0]:                     # at the start, too: from then on the folder holds a run
             save_state()
             saved = time.monotonic()
         if stop:
             tell(f"stopped by {signal.Signals(stop[0]).name} after step {done}, saved; go on with the same command and --resume", last=True)
             raise SystemExit(128 + stop[0])
-        if epoch_ends and history:
-            best = end_epoch(done, steps, history, best, learner, data, pictures, s, device, time.monotonic() - epoch_begun)
-            history, epoch_begun = [], time.monotonic()
-            save_state()
-            saved = time.monotonic()
         if done == total:
             break
         batch = together(lambda: {share: next(batches) for share in mine})
@@ -1223,7 +1222,8 @@ def end_epoch(done, steps, history, best, learner, data, pictures, s, device, se
         means = torch.stack([values for _, _, values, _, _ in history]).double().mean(0).tolist()
         row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
                "miou": miou, "seconds": seconds + time.monotonic() - begun}
-        gammas = sorted((data.samples[UNLABELED][i].id, g) for _, _, _, index, gamma in history for i, g in zip(index.tolist(), gamma.tolist()))
+        gammas = sorted((data.samples[UNLABELED][i].id, g)
+                        for _, _, _, index, gamma in history for i, g in zip(index.tolist(), gamma.tolist()))
         save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
         save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
         tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
@@ -1231,7 +1231,8 @@ def end_epoch(done, steps, history, best, learner, data, pictures, s, device, se
             draw_samples(learner.teacher, pictures.dataset, out / "samples.png")
             draw_unlabeled(learner.teacher, history, data, out / "unlabeled.png")
         if miou > best:
-            save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()})
+            save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou,
+                                   "teacher": learner.teacher.state_dict()})
     return max(best, miou)                                   # in this order NaN, not evaluated, is not better
 
 
@@ -1246,8 +1247,8 @@ def look(fresh, data, shares, place, seconds, left):
             raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: look at these images, or begin again "
                             f"with a lower --lr and another --out; what was good before is in {Path(s.out) / 'last.pt'}")
     loss_x, loss_u, gamma = torch.stack([values[:3] for _, _, values, _, _ in records]).mean(0).tolist()
-    clock = time.strftime("%H:%M:%S", time.gmtime(seconds * left))
-    tell(f"{place}  loss {loss_x + s.lambda_u * loss_u:.3f}  hardness {gamma:.2f}  {2 * s.batch / seconds:.1f} images/s  {clock} left", last=False)
+    tell(f"{place}  loss {loss_x + s.lambda_u * loss_u:.3f}  hardness {gamma:.2f}  {2 * s.batch / seconds:.1f} images/s  "
+         f"{datetime.timedelta(seconds=round(seconds * left))} left", last=False)
     return records
 
 
@@ -1286,19 +1287,21 @@ def parse(argv):
         raise UserError(f"{message}; --help lists all flags")
 
     on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
-    parser = argparse.ArgumentParser(prog="imas.py", description="Semi-supervised semantic segmentation by iMAS; see the README.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(prog="imas.py", allow_abbrev=False,
+                                     description="Semi-supervised semantic segmentation by iMAS; see the README.")
     parser.error = fail
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped; begin it if there is none")
     what.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
-    what.add_argument("--predict", metavar="IMAGE", nargs="+", help="write masks and overlays of these images, folders or patterns into --out")
+    what.add_argument("--predict", metavar="IMAGE", nargs="+",
+                      help="write masks and overlays of these images, folders or patterns into --out")
     parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
     what.add_argument("--plot", metavar="RUN", nargs="+", help="draw the curves of these runs into one picture, train nothing")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
         default = ("off", "on")[field.default] if field.type is bool else "''" if field.default == "" else field.default
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"), default=argparse.SUPPRESS,
-                            metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
+                            default=argparse.SUPPRESS, metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
     todo = parser.parse_args(argv)
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
     if todo.predict and not (todo.checkpoint and "out" in given) or todo.checkpoint and not todo.predict:
@@ -1306,23 +1309,22 @@ def parse(argv):
     checkpoint = todo.checkpoint or todo.eval
     base = load_checkpoint(checkpoint)["settings"] if checkpoint is not None else PRESETS.get(given.get("dataset", "demo"), {})
     stale = set() if checkpoint is None else {"device", "workers"}           # what in `base` says nothing of this run
-    stale |= {other for name, other in (("dataset", "root"), ("num_classes", "class_names")) if name in given and given[name] != base.get(name)}
+    stale |= {other for name, other in (("dataset", "root"), ("num_classes", "class_names"))
+              if name in given and given[name] != base.get(name)}
     base = {name: value for name, value in base.items() if name not in stale}
     s = Settings(**base | given)
     if todo.plot:
         s.out = s.out or str(Path(todo.plot[0]) if len(todo.plot) == 1 else Path(todo.plot[0]).parent)
     s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).resolve().name, Path(s.labeled).stem, s.method, str(s.seed)))))
-    begun = Path(s.out, "settings.json")
-    if todo.resume and begun.exists():
-        try:
-            saved = json.loads(begun.read_text(encoding="utf-8"))
-            saved = dataclasses.asdict(Settings(**{name: value for name, value in saved.items() if name != "shares"})) | {"out": s.out}
-        except (OSError, ValueError, AttributeError, TypeError) as error:
-            raise UserError(f"cannot read {begun} ({error}): choose another --out") from None
-        s = Settings(**saved | given)
-        for name, value in dataclasses.asdict(s).items():
-            if value != saved[name] and name not in ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root"):
-                raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {saved[name]}, not {value}: leave it away, or choose another --out")
+    last = Path(s.out, "last.pt")
+    if todo.resume and last.exists():
+        begun = Settings(**load_checkpoint(last)["settings"] | {"out": s.out})
+        for name, value in given.items():
+            was, free = getattr(begun, name), ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root")
+            if value != was and name not in free:
+                raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {was}, not {value}: "
+                                f"leave it away, or choose another --out")
+        s = dataclasses.replace(begun, **given)
     if not todo.plot:
         check_settings(s)
     s.workers = min(s.workers, os.cpu_count() or 1)
@@ -1333,7 +1335,7 @@ def load_checkpoint(path, *needed):
     """The content of the checkpoint file `path`, a dict; UserError unless it holds settings, a teacher, and all that is `needed`."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-        Settings(**content["settings"]), [content[name] for name in ("teacher", *needed)]
+        Settings(**content["settings"]), [content[name] for name in ("teacher", *needed)]                # an error unless all are there
         return content
     except OSError as error:
         raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
@@ -1371,7 +1373,7 @@ def score(s, checkpoint, device):
 
 
 def find_pictures(patterns, out):
-    """[(picture, mask, overlay), ...]: the files that `patterns` (files, folders, glob patterns) name, and where in `out` their results belong."""
+    """[(picture, mask, overlay), ...]: the files that `patterns` name (files, folders, glob patterns), and their results' in `out`."""
     pictures, owner = {}, {}
     for pattern in patterns:
         path, found = Path(pattern), []
@@ -1383,15 +1385,11 @@ def find_pictures(patterns, out):
         pictures |= {p.resolve(): p for p in found}          # each once, in order
     jobs = [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in pictures.values()]
     for picture, *targets in jobs:
-        if picture.suffix.lower() in Image.registered_extensions():          # what is no picture will get no mask
+        if not picture.suffix or picture.suffix.lower() in Image.registered_extensions():       # others get no mask: they are no pictures
             for target in targets:
                 if target.exists() or owner.setdefault(target, picture) is not picture:
                     raise UserError(f"{target}, for {picture}, is {'there already' if target.exists() else f'for {owner[target]} too'}: "
                                     f"choose another --out, or name fewer pictures at once")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot use the folder {out} ({error}): choose another --out") from None
     return jobs
 
 

@@ -14,8 +14,10 @@ import importlib.util
 import inspect
 import io
 import json
+import math
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -301,6 +303,19 @@ def test_network_keeps_size_and_stride(backbone, output_stride, aux):
         assert sum(p.numel() for p in net.backbone.parameters()) == count
 
 
+def test_backbone_takes_a_state_of_any_number_of_classes(tmp_path):
+    torch.manual_seed(0)
+    donor = imas.torchvision.models.resnet18(num_classes=5)
+    torch.save(donor.state_dict(), tmp_path / "w.pt")
+    loaded = imas.DeepLabV3Plus(3, "resnet18", str(tmp_path / "w.pt"), width=8).backbone.state_dict()
+    assert loaded and all(torch.equal(value, donor.state_dict()[name]) for name, value in loaded.items())
+    state = donor.state_dict()
+    del state["layer4.1.conv2.weight"]
+    torch.save(state, tmp_path / "w.pt")
+    with pytest.raises(imas.UserError, match="layer4.1.conv2.weight is missing"):
+        imas.DeepLabV3Plus(3, "resnet18", str(tmp_path / "w.pt"), width=8)
+
+
 class OnePixel(torch.nn.Module):
     """A network that looks at one pixel at a time."""
 
@@ -421,6 +436,22 @@ SMALL = ("--backbone resnet8 --weights none --width 8 --crop 33 --base-size 50 -
          "--tau 0.2 --device cpu").split()
 
 
+SHARP = """
+def sharp(*args, build=imas.build_model):
+    model = build(*args)
+    model.decoder[-1].weight.data *= 30
+    return model
+imas.build_model = sharp
+"""
+
+
+@pytest.fixture
+def sharp(monkeypatch):
+    """A new network is unsure of everything, so that every image's hardness is 1. Make it sure of something."""
+    monkeypatch.setattr(imas, "build_model", imas.build_model)               # to be restored
+    exec(SHARP, {"imas": imas})
+
+
 def rows(path):
     """The rows of a CSV file, times aside."""
     with open(path) as file:
@@ -499,7 +530,8 @@ def test_cityscapes_layout_trains_and_scores(tmp_path, capsys):
 def test_lists_may_hold_ids_or_paths(voc):
     s = settings(root=str(voc), batch=2, num_classes=21, labeled="4")
     plain = imas.find_data(s)
-    for pattern in ("JPEGImages/{0}.jpg SegmentationClass/{0}.png", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "JPEGImages/{0}.jpg", "{0}.png"):
+    for pattern in ("JPEGImages/{0}.jpg SegmentationClass/{0}.png", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "JPEGImages/{0}.jpg", "{0}.png",
+                    "./JPEGImages/{0}.jpg", "./{0}"):
         for path in (voc / "ImageSets/Segmentation").iterdir():
             ids = [i for i in imas.read_ids(path) if " " not in i]
             path.write_text("".join(pattern.format(i) + "\n" for i in ids))
@@ -535,7 +567,7 @@ def test_published_partition_is_taken_where_it_is_there(voc):
     assert drawn[0] == drawn[1] != drawn[2]
 
 
-def test_same_command_gives_the_same_rows_whatever_the_workers(voc, tmp_path):
+def test_same_command_gives_the_same_rows_whatever_the_workers(voc, tmp_path, sharp):
     logs = []
     for name, workers in (("a", 0), ("b", 0), ("c", 2)):
         imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, "--workers", str(workers)])
@@ -548,14 +580,14 @@ def test_same_command_gives_the_same_rows_whatever_the_workers(voc, tmp_path):
 
 @pytest.mark.parametrize("flags", [["--method", "uniform"], ["--method", "supervised"], ["--adapt", "none"], ["--adapt", "loss,cutmix"],
                                    ["--weak-in-batch", "off"], ["--accumulate", "2"], ["--warmup-epochs", "1"], ["--background", "none"]])
-def test_ablations_run(voc, tmp_path, flags):
+def test_ablations_run(voc, tmp_path, flags, sharp):
     imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, *flags])
     log = rows(tmp_path / "run" / "log.csv")
     assert len(log) == 2 and all(np.isfinite(float(v)) for row in log for v in row.values())
     assert (float(log[0]["hardness"]) == 0) == (flags[-1] in ("supervised", "1"))            # no unlabeled image was looked at
 
 
-def test_uniform_is_imas_that_adapts_nothing(voc, tmp_path):
+def test_uniform_is_imas_that_adapts_nothing(voc, tmp_path, sharp):
     for name, flags in (("a", ["--method", "uniform"]), ("b", ["--adapt", "none"])):
         imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, *flags])
     assert rows(tmp_path / "a" / "log.csv") == rows(tmp_path / "b" / "log.csv")
@@ -968,38 +1000,52 @@ def test_samples_show_image_truth_argmax_and_confidence(voc, tmp_path):
         assert np.abs(tile(page, i, 3, 30, 40)[..., 0] - 255 * p.max(0).values.numpy()).max() <= 1
 
 
-@pytest.mark.parametrize("method", ["imas", "uniform"])
-def test_unlabeled_images_are_shown_as_they_were_trained_on(method, voc, tmp_path, monkeypatch):
-    """The views in the picture are those that went through the student, the box drawn encloses what was pasted."""
-    seen, build = [], imas.build_learner
+@pytest.mark.parametrize("method, seed", [("imas", "2"), ("uniform", "6")])
+def test_unlabeled_images_are_shown_as_they_were_trained_on(method, seed, tmp_path, monkeypatch, sharp):
+    """The two easiest and the two hardest of the batches with CutMix: the views that went through the student, the box that encloses
+    what was pasted, and what the teacher says of the weak view."""
+    voc, student_saw, drawn = draw_voc(tmp_path / "voc", train=20), [], []
+    build, draw = imas.build_learner, imas.draw_unlabeled
 
     def build_and_listen(*args):
         learner = build(*args)
-        learner.student.register_forward_pre_hook(lambda net, inputs: seen.append(inputs[0].detach()) if net.training else None)
+        learner.student.register_forward_pre_hook(lambda net, inputs: student_saw.append(inputs[0].detach()) if net.training else None)
         return learner
 
     monkeypatch.setattr(imas, "build_learner", build_and_listen)
-    imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, "--tau", "0", "--method", method,
-               "--seed", "3"])
-    page = Image.open(tmp_path / "run/unlabeled.png")
-    assert page.size[0] == 4 + 4 * 204
-    mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (imas.MEAN, imas.STD))
-    views = [((x * std + mean) * 255).permute(0, 2, 3, 1).reshape(-1, 4, 33, 33, 3).numpy() for x in seen[2:]]       # the last epoch's steps
-    boxes = 0
-    for row in range((page.size[1] - 24) // 204):
-        weak, intensity, mixed, _ = (tile(page, row, column, 33, 33).astype(int) for column in range(4))
-        matches = [(step, i) for step in views for i in range(4) if np.abs(step[1, i] - weak)[6:].max() < 1]
-        assert len(matches) == 1                             # below the text in its corner
-        step, i = matches[0]
-        assert np.abs(step[2, i] - intensity).max() <= 1.01
-        if len(step) == 4:
-            pasted = np.abs(step[3, i] - step[1, i]).max(2) > 0.5
-            line = (mixed == [255, 0, 255]).all(2)
-            if pasted.any():
-                assert [(k.min(), k.max()) for k in np.nonzero(line)] == [(k.min(), k.max()) for k in np.nonzero(pasted)]
-                boxes += 1
-            assert np.abs(step[3, i] - mixed)[~line].max() < 1
-    assert boxes >= 2
+    monkeypatch.setattr(imas, "draw_unlabeled", lambda *args: (drawn.append(args), draw(*args)))
+    imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / "run"), *SMALL, "--method", method,
+               "--seed", seed])
+    teacher, history, data, path = drawn[-1]                 # of the second epoch, 4 steps
+    inputs, views = student_saw[-4:], []
+    for x in inputs:
+        x = (x * torch.tensor(imas.STD).view(3, 1, 1) + torch.tensor(imas.MEAN).view(3, 1, 1)) * 255
+        views.append(x.permute(0, 2, 3, 1).reshape(-1, 4, 33, 33, 3).numpy())            # labeled, weak, intensity, CutMix
+    gammas = sorted((gamma, n, i) for n, record in enumerate(history) for i, gamma in enumerate(record[4].tolist()))
+    fired = [(gamma, n, i) for gamma, n, i in gammas if len(views[n]) == 4]
+    chosen = fired[:2] + fired[-2:]
+    assert len(fired) > 4 and chosen != gammas[:2] + gammas[-2:] and 0.05 < fired[0][0] < 0.9            # or the test could tell nothing apart
+    page = Image.open(path)
+    assert page.size == (4 + 4 * 204, 20 + 4 + 4 * 204 + 4 + 4 * 20)
+    boxes = unsure = 0
+    for row, (_, n, i) in enumerate(chosen):
+        weak, intensity, mixed, label = (tile(page, row, column, 33, 33).astype(int) for column in range(4))
+        assert np.abs(views[n][1, i] - weak)[6:].max() < 1   # below the text in its corner
+        assert np.abs(views[n][2, i] - intensity).max() <= 1.01
+        pasted = np.abs(views[n][3, i] - views[n][1, i]).max(2) > 0.5
+        line = (mixed == [255, 0, 255]).all(2)
+        if pasted.any():
+            assert [(k.min(), k.max()) for k in np.nonzero(line)] == [(k.min(), k.max()) for k in np.nonzero(pasted)]
+            boxes += 1
+        assert np.abs(views[n][3, i] - mixed)[~line].max() < 1
+        with torch.no_grad():
+            confidence, k = teacher(inputs[n][4 + i:5 + i]).softmax(1)[0].max(0)
+        colour = np.array(imas.class_colours(data.s))[k]
+        colour[~data[data.keys(n + 4, 0, 1)]["valid"][i]] = 255                          # padding
+        sure = (confidence >= data.s.tau).numpy()
+        assert (label[sure] == colour[sure]).all() and (label[~sure] == 191 + colour[~sure] // 4).all()
+        unsure += (~sure).sum()
+    assert boxes >= 2 and 0 < unsure < 4 * 33 * 33
 
 
 def test_masks_for_anyones_pictures(tmp_path, capsys):
@@ -1081,7 +1127,7 @@ class Drawing:
         return lambda *args, **kwargs: self
 
 
-def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
+def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys, sharp):
     flags = ["--dataset", "voc", "--root", str(voc), "--labeled", "4", *SMALL, "--epochs", "3", "--eval-every", "2"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)              # not installed
     for name, more in (("a", ["--warmup-epochs", "1"]), ("b", ["--method", "supervised"])):
@@ -1100,7 +1146,7 @@ def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys):
     assert mean.lines == [(label, [2, 3], [float(r[c]) for r in log[1:]]) for label, c in (("hardness", "hardness"), ("confident pixels", "confident"))]
     courses = {name: [float(r["hardness"]) for r in hard if r["id"] == name] for name in {r["id"] for r in hard}}
     means = sorted(np.mean(c) for c in courses.values())
-    assert len(single.lines) == 9 and single.lines[0] == ("mean", [2, 3], mean.lines[0][2]) and len(courses) == 8
+    assert len(set(means)) == 8 and len(single.lines) == 9 and single.lines[0] == ("mean", [2, 3], mean.lines[0][2]) and len(courses) == 8
     assert [pytest.approx(np.mean(line[2])) for line in single.lines[1:]] == means
     imas.main(["--plot", str(tmp_path / "a"), str(tmp_path / "b")])
     assert (tmp_path / "compare.png").exists() and [line[0] for line in Drawing.last.axes[0, 0].lines] == ["a: mIoU", "b: mIoU"]
@@ -1130,7 +1176,7 @@ def test_readme_example_runs(tmp_path, monkeypatch):
 NURSERY = """
 import json, os, random, resource, signal, sys, time
 import torch, imas
-
+""" + SHARP + """
 def child(argv, rank, world, port, die_in_save):
     os.setsid()                                              # a process group with its loader's workers
     os.environ |= dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
@@ -1203,7 +1249,7 @@ def same_runs(a, b):
 def test_killed_ten_times_and_resumed_is_never_killed(processes, workers, tmp_path):
     voc = draw_voc(tmp_path / "voc", train=40, val=3, masks=8)
     argv = ["--dataset", "voc", "--root", str(voc), "--labeled", "8", *SMALL, "--epochs", "6", "--warmup-epochs", "1", "--save-every", "0.0005",
-            "--workers", str(workers)]
+            "--workers", str(workers), "--seed", "1"]
     (tmp_path / "nursery.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + NURSERY)
     port = 20000 + (os.getpid() * 8 + processes * 4 + workers) % 400 * 100
     done = launch([json.dumps([argv, processes, port, 10, 10 * processes + workers])], script=tmp_path / "nursery.py", cwd=tmp_path)
@@ -1211,6 +1257,8 @@ def test_killed_ten_times_and_resumed_is_never_killed(processes, workers, tmp_pa
     died, finished = done.stdout.split()
     assert finished == "True" and int(died) >= 8, (tmp_path / "said").read_text()            # at most two came after the end
     same_runs(tmp_path / "straight", tmp_path / "killed")
+    log = [{name: float(value) for name, value in row.items()} for row in rows(tmp_path / "straight/log.csv")[1:]]
+    assert any(0.1 < row["hardness"] < 0.9 and 0 < row["cutmix"] < 1 and row["loss_u"] > 0.05 for row in log)        # all parts took part
     assert not list(tmp_path.glob("killed/*.new"))
 
 
@@ -1255,6 +1303,24 @@ def test_number_of_shares_belongs_to_a_run(voc, tmp_path, capsys):
         imas.main(command(voc, tmp_path / "run", "--accumulate", "1", "--resume"))
     assert "2 shares a step, this is 1" in capsys.readouterr().err
     assert launch(command(voc, tmp_path / "run", "--accumulate", "1", "--resume"), 2).returncode == 0          # 2 processes x 1
+
+
+def test_rows_after_the_last_checkpoint_go(voc, tmp_path):
+    """Rows that were written, but not before the checkpoint was, come again on the way: they must not stand there twice."""
+    out = tmp_path / "run"
+    imas.main(command(voc, out))
+    tables = {path: path.read_bytes() for path in out.glob("*.csv")}
+    assert len(tables) == 2
+    for path in tables:
+        path.write_bytes(tables[path] + b"3,what was written last\r\n")
+    imas.main(command(voc, out, "--resume"))
+    assert tables == {path: path.read_bytes() for path in out.glob("*.csv")}
+
+
+def test_time_left_may_be_days(monkeypatch, capsys):
+    monkeypatch.setattr(imas.tell, "time", -math.inf)
+    imas.look([(0, 0, torch.zeros(5), torch.empty(0), torch.empty(0))], imas.TrainingShares([], [], settings()), 1, "here", 2.0, 45000)
+    assert "1 day, 1:00:00 left" in capsys.readouterr().out
 
 
 def test_second_run_in_a_living_runs_folder_is_refused(voc, tmp_path, capsys):
@@ -1423,11 +1489,13 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "no --labeled": (None, "--labeled=", ["--labeled", "number"]),
     "no such list": (None, "--labeled nowhere.txt", ["nowhere.txt", "No such file"]),
     "empty labeled list": (write("mine.txt", b"\n\n"), "--labeled {r}/mine.txt", ["mine.txt", "no id"]),
+    "empty published list": (write("splits/4/labeled.txt", b"\n"), "", ["no id", "splits/4"]),
     "list of bytes": (write("mine.txt", b"\xff\xfe\x00"), "--labeled {r}/mine.txt", ["mine.txt", "cannot read"]),
     "no list": (lambda r: (r / "ImageSets/Segmentation/val.txt").unlink(), "", ["val.txt", "No such file"]),
     "empty list": (write(VAL, b"\n"), "", ["val.txt holds no id"]),
     "id twice": (write(TRAIN, b"a\nb\na\n"), "", ["train_aug.txt", "line 3", "'a'"]),
     "id in train and val": (write(VAL, b"2007_000003\n"), "", ["2007_000003", "val"]),
+    "id in train and val by another path": (write(VAL, b"./2007_000003\n"), "", ["2007_000003", "val"]),
     "id outside": (write(TRAIN, b"../../etc/passwd\n"), "", ["train_aug.txt", "line 1", "out of the dataset"]),
     "absolute id": (write(TRAIN, b"a\n/etc/passwd.png\n"), "", ["train_aug.txt", "line 2", "out of the dataset"]),
     "backbone": (None, "--backbone vgg", ["vgg", "resnet50"]),
@@ -1464,15 +1532,17 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "nothing to predict": (network, "--predict {r}/no*.jpg --checkpoint {r}/x.pt", ["no*.jpg", "no such file"]),
     "two masks of one name": (network, "--predict {r}/JPEGImages/val_1.jpg {r}/SegmentationClass/val_1.png --checkpoint {r}/x.pt", ["val_1.png", "too", "--out"]),
     "picture in the way": (network, "--predict {r}/SegmentationClass/val_1.png --checkpoint {r}/x.pt --out {r}/SegmentationClass", ["val_1.png", "already"]),
-    "masks into a file": (network, "--predict {r}/JPEGImages --checkpoint {r}/x.pt --out {r}/x.pt", ["cannot use", "x.pt", "--out"]),
+    "masks into a file": (network, "--predict {r}/JPEGImages --checkpoint {r}/x.pt --out {r}/x.pt", ["cannot write", "x.pt", "--out"]),
+    "two masks of one name, one without ending": (lambda r: (network(r), shutil.copy(r / "JPEGImages/val_1.jpg", r / "JPEGImages/val_1")),
+                                                  "--predict {r}/JPEGImages --checkpoint {r}/x.pt", ["val_1.png", "too", "--out"]),
     "class names": (None, "--class-names cat,dog", ["cat,dog", "2 names for 21 classes"]),
     "log without rows": (lambda r: [write(name, b"")(r) for name in ("log.csv", "hardness.csv")][:0] or write("log.csv", b"epoch\n1\n")(r), "--plot {r}", ["no run"]),
     "no run to plot": (None, "--plot {r}", ["--plot", "log.csv", "no run"]),
-    "resume from a best.pt": (lambda r: ((r.parent / "run").mkdir(), torch.save({"settings": dataclasses.asdict(settings()), "teacher": {}},
-                                                                                r.parent / "run/last.pt")), "--resume", ["last.pt", "not a whole checkpoint"]),
-    "resume with other settings": (write("settings.json", json.dumps(dataclasses.asdict(settings(dataset="voc", labeled="4")) | {"shares": 1}).encode()),
+    "resume from a best.pt": (lambda r: (imas.main(command(r, r.parent / "run")), (r.parent / "run/best.pt").replace(r.parent / "run/last.pt")), "--resume",
+                              ["last.pt", "not a whole checkpoint"]),
+    "resume with other settings": (lambda r: torch.save({"settings": dataclasses.asdict(settings(dataset="voc", labeled="4")), "teacher": {}}, r / "last.pt"),
                                    "--out {r} --resume", ["was begun with --"]),
-    "resume with broken settings": (write("settings.json", b"{"), "--out {r} --resume", ["settings.json", "--out"]),
+    "resume without last.pt": (write("best.pt", b"the network of a day"), "--out {r} --resume", ["last.pt is gone", "--out"]),
     "run with other images": (lambda r: (imas.main(command(r, r.parent / "run")), (r / TRAIN).write_text("".join((r / TRAIN).read_text().splitlines(True)[:-1]))),
                               "--resume", ["run was begun with other training images", "--out"]),
     "somebody's log": (lambda r: write("log.csv", b"mine")(r), "--out {r}", ["holds a run already", "--out"]),
