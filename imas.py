@@ -1135,30 +1135,31 @@ def train(s, device, resume):
     total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
     last, tables = out / "last.pt", (out / "log.csv", out / "hardness.csv")
     ids = [sample.id for sample in labeled + unlabeled]
-    found = set(gather(resume and last.exists()))
-    if len(found) > 1:
+    seen = gather(resume and last.exists())
+    found = any(seen)
+    if found != all(seen):
         raise UserError(f"not every process finds {last}: --out must lie on a disk that all machines share")
     files = (last, out / "best.pt", out / "settings.json", *tables)
-    if found == {False} and gather(any(path.exists() for path in files))[0]:                 # as process 0 sees the folder
+    if not found and gather(any(path.exists() for path in files))[0]:                 # as process 0 sees the folder
         raise UserError(f"{out} holds a run already" + (
             ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
     lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
-    learner = build_learner(s, device, total, "none" if found == {True} else s.weights)
+    learner = build_learner(s, device, total, "none" if found else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
-    done, best, history, sizes = 0, -1.0, [], [0, 0]         # steps, mIoU, the epoch's records so far, bytes of the tables
-    if found == {True}:
+    done, best, history = 0, -1.0, []                        # steps, mIoU, the epoch's records so far
+    if found:
         state = load_checkpoint(last, "shares", "ids", "step", "best", "history", "sizes", *parts)
         if state["shares"] != shares:
             raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         if state["ids"] != ids:
             raise UserError(f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
-        done, best, history, sizes = state["step"], state["best"], state["history"], state["sizes"]
+        done, best, history = state["step"], state["best"], state["history"]
         for name, part in parts.items():
             if state[name]:                                  # a GradScaler that is not needed has an empty state
                 part.load_state_dict(state[name])
-    for path, size in zip(tables, sizes):
-        if rank() == 0 and path.exists():                    # what the checkpoint does not know of will come again
-            os.truncate(path, min(size, path.stat().st_size))
+        for path, size in zip(tables, state["sizes"]):
+            if rank() == 0 and path.exists():                # rows that the checkpoint does not know of will come again
+                os.truncate(path, min(size, path.stat().st_size))
     keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
     data, pictures = TrainingShares(labeled, unlabeled, s), whole_pictures(validation, s, device)
     batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
