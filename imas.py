@@ -28,8 +28,6 @@ import dataclasses
 import datetime
 import functools
 import glob
-import io
-import itertools
 import json
 import math
 import os
@@ -69,6 +67,12 @@ CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train
 
 class UserError(Exception):
     """A mistake of the user's, told in one line: what is wrong, where, what to do. `main` prints it and exits with 2."""
+
+
+def require(fine, line):
+    """Raise UserError(line) unless `fine`."""
+    if not fine:
+        raise UserError(line)
 
 
 # 1 ------------------------------------------------------------------------------------------------------- settings ---
@@ -135,23 +139,23 @@ PRESETS = {
 }
 
 
+def flag(name):
+    """The flag of the setting `name`."""
+    return "--" + name.replace("_", "-")
+
+
 def check_settings(s):
     """Raise UserError for the first value of Settings `s` that is out of its bounds, alone or together with others."""
     for field in dataclasses.fields(s):
         value, low, high = getattr(s, field.name), field.metadata.get("low"), field.metadata.get("high", 1e9)
-        if low is not None and not low <= value <= high:
-            raise UserError(f"--{field.name.replace('_', '-')} {value}: must be from {low} to {high:g}")
-    unknown = s.adapt != "none" and set(s.adapt.split(",")) - {"intensity", "cutmix", "loss"}
-    for wrong, line in (
-            (unknown, f"--adapt {s.adapt}: a comma-separated choice of intensity, cutmix, loss; or none"),
-            (s.background is not None and not 0 <= s.background < s.num_classes,
-             f"--background {s.background}: a class from 0 to {s.num_classes - 1}, or none"),
-            (s.class_names and len(s.class_names.split(",")) != s.num_classes,
-             f"--class-names {s.class_names}: {len(s.class_names.split(','))} names for {s.num_classes} classes"),
-            (s.min_scale > s.max_scale, f"--min-scale {s.min_scale} is above --max-scale {s.max_scale}"),
-            (s.warmup_epochs > s.epochs, f"--warmup-epochs {s.warmup_epochs} is more than --epochs {s.epochs}")):
-        if wrong:
-            raise UserError(line)
+        require(low is None or low <= value <= high, f"{flag(field.name)} {value}: must be from {low} to {high:g}")
+    parts, names = set(s.adapt.split(",")), s.class_names.split(",")
+    require(parts == {"none"} or parts <= {"intensity", "cutmix", "loss"}, f"--adapt {s.adapt}: choose among intensity,cutmix,loss; or none")
+    require(s.background is None or 0 <= s.background < s.num_classes,
+            f"--background {s.background}: a class from 0 to {s.num_classes - 1}, or none")
+    require(not s.class_names or len(names) == s.num_classes, f"--class-names {s.class_names}: {len(names)} names for {s.num_classes} classes")
+    require(s.min_scale <= s.max_scale, f"--min-scale {s.min_scale} is above --max-scale {s.max_scale}")
+    require(s.warmup_epochs <= s.epochs, f"--warmup-epochs {s.warmup_epochs} is more than --epochs {s.epochs}")
 
 
 # 2 ----------------------------------------------------------------------------------------------------------- data ---
@@ -164,22 +168,20 @@ class Sample(NamedTuple):
 
 
 def read_ids(path):
-    """The ids in the list file `path`: plain ones, or paths ("JPEGImages/x.jpg"). What stands behind a path, the mask's, is left out."""
+    """The ids in the list file `path`, one a line: plain ones, or paths, "JPEGImages/x.jpg", where the mask's may follow."""
     try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read the id list {path}: {getattr(error, 'strerror', error)}") from None
     ids = {}
-    for number, line in enumerate(lines, 1):
-        words = line.split()
-        name = words[0] if len(words) == 2 and words[0].lower().endswith(IMAGE_ENDINGS) else line            # an id may have a space
-        name = Path(name).as_posix() if name else ""                         # "./x" and "x" are one id
-        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", name, flags=re.IGNORECASE)
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            raise UserError(f"{path}, line {number}: '{line}' leads out of the dataset's folder")
-        if name in ids:
-            raise UserError(f"{path}, line {number}: '{name}' stands there a second time, remove one")
-        ids |= {name: number} if name else {}
+    for number, line in enumerate(map(str.strip, lines), 1):
+        name = re.sub(r"(\.(jpe?g|png))\s+\S+$", r"\1", line, flags=re.IGNORECASE)       # less the mask; an id may have a space
+        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", Path(name).as_posix(), flags=re.IGNORECASE)
+        place = f"{path}, line {number}: '{line}'"
+        require(not Path(name).is_absolute() and ".." not in Path(name).parts, f"{place} leads out of the dataset's folder")
+        require(name not in ids, f"{place} stands there a second time, remove one")
+        if line:
+            ids[name] = number
     return list(ids)
 
 
@@ -210,50 +212,42 @@ def list_ids(s, split):
 
 
 def find_data(s):
-    """Find the images of a run.
-
-    Returns (labeled, unlabeled, validation, note): three lists of Sample with no id in common, and where the labeled ids
-    come from. UserError for anything missing.
-    """
+    """The images of a run: (labeled, unlabeled, validation, note), three lists of Sample with no id in common, and where the
+    labeled ids come from. UserError for anything missing."""
     validation = find_validation(s)
-    published = data_root(s) / "splits" / s.labeled
-    if not s.labeled:
-        raise UserError("--labeled is missing: a number of images, or a file with their ids")
+    require(s.labeled, "--labeled is missing: a number of images, or a file with their ids")
+    (pool, path), published = list_ids(s, "train"), data_root(s) / "splits" / s.labeled
     if s.labeled.isdecimal() and (published / "labeled.txt").is_file():
         labeled, note = read_ids(published / "labeled.txt"), f"the published partition in {published}"
-        if s.dataset == "voc" and (own := data_root(s) / "ImageSets" / "Segmentation" / "train.txt").is_file():
-            note += f", {'classic' if set(labeled) <= set(read_ids(own)) else 'blended'} protocol"
-        path = published / "unlabeled.txt"
-        pool, path = (read_ids(path), path) if path.is_file() else list_ids(s, "train")
+        if s.dataset == "voc":
+            own = read_ids(data_root(s) / "ImageSets" / "Segmentation" / "train.txt")
+            note += f", {'classic' if set(labeled) <= set(own) else 'blended'} protocol"
+        if (published / "unlabeled.txt").is_file():
+            pool, path = read_ids(published / "unlabeled.txt"), published / "unlabeled.txt"
     elif s.labeled.isdecimal():
-        pool, path = list_ids(s, "train")
         with_mask = [i for i in pool if locate(s, i)[1].is_file()]
-        if not 0 < int(s.labeled) <= len(with_mask):
-            raise UserError(f"--labeled {s.labeled}: {len(with_mask)} ids of {path} have a mask, so at most that many, and at least 1")
+        require(0 < int(s.labeled) <= len(with_mask),
+                f"--labeled {s.labeled}: {len(with_mask)} ids of {path} have a mask, so at most that many, and at least 1")
         draw = np.random.default_rng(s.seed).permutation(len(with_mask))[:int(s.labeled)]
         labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {path.name}"
     else:
-        (pool, path), labeled, note = list_ids(s, "train"), read_ids(Path(s.labeled)), f"listed in {s.labeled}"
-    if not labeled:
-        raise UserError(f"no id is labeled: the list is empty ({note})")
-    both = {v.id for v in validation} & {*pool, *labeled}
-    if both:
-        raise UserError(f"{len(both)} ids are both in val and among the training images, '{min(both)}' for one: remove them from one side")
+        labeled, note = read_ids(Path(s.labeled)), f"listed in {s.labeled}"
+    require(labeled, f"no id is labeled: the list is empty ({note})")
+    both = sorted({v.id for v in validation} & {*pool, *labeled})
+    require(not both, f"{len(both)} ids are in val and among the training images too ({', '.join(both[:3])}): remove them from one side")
     unlabeled = sorted(set(pool) - set(labeled))
-    if len(unlabeled) < s.batch:
-        raise UserError(f"{len(unlabeled)} unlabeled images are left in {path}, a step takes {s.batch}: lower --labeled or --batch")
+    require(len(unlabeled) >= s.batch,
+            f"{len(unlabeled)} unlabeled images are left in {path}, a step takes {s.batch}: lower --labeled or --batch")
     return find_samples(s, labeled, True), find_samples(s, unlabeled, False), validation, note
 
 
 def find_validation(s):
     """The images of the validation set: a list of Sample."""
     folder = data_root(s) / ("leftImg8bit" if s.dataset == "cityscapes" else "JPEGImages")
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}: " + (
-            f"run 'python data/prepare.py {s.dataset}', or say --root" if s.dataset in PRESETS else "the README shows the layout"))
+    require(folder.is_dir(), f"there is no folder {folder}: " + (
+        f"run 'python data/prepare.py {s.dataset}', or say --root" if s.dataset in PRESETS else "the README shows the layout"))
     ids, path = list_ids(s, "val")
-    if not ids:
-        raise UserError(f"{path} holds no id: nothing to evaluate on")
+    require(ids, f"{path} holds no id: nothing to evaluate on")
     return find_samples(s, ids, True)
 
 
@@ -273,17 +267,15 @@ def find_samples(s, ids, with_masks):
                 faults.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is no readable picture")
         if len(set(sizes)) == 2:
             faults.append(f"{mask} is {sizes[1]}, its image {sizes[0]}")
-    if faults:
-        raise UserError(f"{len(faults)} faults in the data: {'; '.join(faults[:10])}{'; ...' if faults[10:] else ''}")
+    require(not faults, f"{len(faults)} faults in the data: {'; '.join(faults[:10])}{'; ...' if faults[10:] else ''}")
     return samples
 
 
 def read_image(path):
     """The picture in the file `path` as a PIL image in RGB, turned as its camera says."""
     try:
-        with Image.open(path) as image:
-            if image.mode[0] in "IF":                        # 16 or 32 bits, whose range Pillow does not convert
-                raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
+        with Image.open(path) as image:                      # 16 or 32 bits have ranges that Pillow does not convert
+            require(image.mode[0] not in "IF", f"mode {image.mode}, save it with 8 bits per channel")
             return (ImageOps.exif_transpose(image) if image.format in TURNED_BY_CAMERAS else image).convert("RGB")
     except Exception as error:
         raise UserError(f"cannot decode {path} ({error}): replace it, or leave it out") from None
@@ -296,22 +288,19 @@ def read_mask(sample, num_classes):
     """
     try:
         with Image.open(sample.mask) as mask:
-            mode, labels = mask.mode, np.array(mask)
+            mode, labels = mask.mode, np.array(mask, np.uint8)
     except Exception as error:
         raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
-    if mode not in ("P", "L", "1"):
-        raise UserError(f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG")
-    if mode == "L" and num_classes == 2 and set(np.unique(labels)) == {0, IGNORE}:
-        raise UserError(f"the mask {sample.mask} holds 0 and {IGNORE} alone, and {IGNORE} is ignored: store class 1 as 1 "
-                        f"(if it is meant so, save the mask as a palette PNG)")
+    require(mode in ("P", "L", "1"), f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG")
     if sample.mask.name.endswith("_labelIds.png"):
         train_id = {c.id: c.train_id for c in CITYSCAPES}
         labels = np.array([train_id.get(k, IGNORE) for k in range(256)], np.uint8)[labels]
-    wrong = labels[(labels >= num_classes) & (labels != IGNORE)]
-    if wrong.size:
-        raise UserError(f"the mask {sample.mask} holds class {wrong[0]}; "
-                        f"--num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
-    return Image.fromarray(labels.astype(np.uint8))
+    stored = set(np.bincount(labels.ravel()).nonzero()[0].tolist())
+    require(mode != "L" or num_classes > 2 or stored != {0, IGNORE}, f"the mask {sample.mask} holds 0 and {IGNORE} alone, and {IGNORE} is "
+            f"ignored: store class 1 as 1 (if it is meant so, save the mask as a palette PNG)")
+    wrong = sorted(stored - {*range(num_classes), IGNORE})
+    require(not wrong, f"the mask {sample.mask} holds {wrong}; --num-classes {num_classes} allows 0 to {num_classes - 1} and {IGNORE}")
+    return Image.fromarray(labels)
 
 
 def weak_augment(image, mask, s, rng):
@@ -358,24 +347,40 @@ LABELED, UNLABELED = 1, 2                                    # streams of random
 
 
 class TrainingShares:
-    """The training images as shares of batches: an item is a share, and its key a list with one key an image.
+    """The training images as shares of batches, `shares` of them a step: an item is a share, its key a list with one key an image.
 
     An image's key, (stream, epoch, position, index), says all that it depends on: its draws come from a generator seeded
     by (seed, epoch, stream, position), so that neither the number of workers nor a stop in between changes a pixel.
     """
 
-    def __init__(self, labeled, unlabeled, s):
-        self.samples, self.s = {LABELED: labeled, UNLABELED: unlabeled}, s
+    def __init__(self, labeled, unlabeled, shares, s):
+        self.samples, self.shares, self.s = {LABELED: labeled, UNLABELED: unlabeled}, shares, s
+
+    def keys(self, mine, step):
+        """Yield the keys of the shares numbered `mine` of step `step`, step + 1, ... to the end of the run.
+
+        An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
+        ones come in random order again and again.
+        """
+        s, order = self.s, {}
+        steps = len(self.samples[UNLABELED]) // s.batch
+        for epoch in range(step // steps, s.epochs):
+            alone = s.method == "supervised" or epoch < s.warmup_epochs      # then labeled images take the unlabeled ones' places
+            size = {LABELED: s.batch // self.shares * (1 + alone), UNLABELED: s.batch // self.shares * (not alone)}      # of a share
+            for stream, samples in self.samples.items():
+                rng, n = np.random.default_rng((s.seed, epoch, stream)), len(samples)
+                passes = max(math.ceil(steps * self.shares * size[stream] / n), 1)
+                order[stream] = np.concatenate([rng.permutation(n) for _ in range(passes)]).tolist()
+            for at in range(max(step - epoch * steps, 0), steps):
+                for n in (at * self.shares + share for share in mine):       # the n-th share of the epoch
+                    yield [(stream, epoch, p, order[stream][p]) for stream in order
+                           for p in range(n * size[stream], (n + 1) * size[stream])]
 
     def __getitem__(self, keys):
         """A dict of stacked tensors, H = W = crop: image uint8 [B, 3, H, W], label uint8 [B, H, W] of the labeled; weak and
         strong uint8 [B, 3, H, W], valid bool [B, H, W] (False: padding), index int64 [B] of the unlabeled, if any."""
         images = [self.load(*key) for key in keys]
         return {name: torch.stack([i[name] for i in images if name in i]) for name in images[0] | images[-1]}
-
-    def keys(self, step, share, shares):
-        """The keys of one share of a step; `shares` is their number in each step."""
-        return next(share_keys(self.s, *map(len, self.samples.values()), shares, [share], step))
 
     def load(self, stream, epoch, position, index):
         """The tensors of one image. Pixels stay uint8 until they are on the device."""
@@ -393,26 +398,6 @@ class TrainingShares:
             return {"image": image, "label": label}
         strong = pad(strong_augment(weak, rng), tuple(round(255 * m) for m in MEAN))
         return {"weak": image, "strong": strong, "valid": label != IGNORE, "index": torch.tensor(index)}
-
-
-def share_keys(s, n_labeled, n_unlabeled, shares, mine, step):
-    """Yield the keys of TrainingShares for each of the shares numbered `mine` of step `step`, step + 1, ... to the end.
-
-    An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
-    ones come in random order again and again. `shares` is the number of shares in a step.
-    """
-    steps = n_unlabeled // s.batch
-    for epoch in range(step // steps, s.epochs):
-        alone = s.method == "supervised" or epoch < s.warmup_epochs          # then labeled images take the unlabeled ones' places
-        size = {LABELED: s.batch // shares * (1 + alone), UNLABELED: s.batch // shares * (not alone)}
-        order = {}
-        for stream, n in ((LABELED, n_labeled), (UNLABELED, n_unlabeled)):
-            rng = np.random.default_rng((s.seed, epoch, stream))
-            order[stream] = np.concatenate([rng.permutation(n) for _ in range(-(-steps * shares * size[stream] // n) or 1)]).tolist()
-        for at in range(max(step - epoch * steps, 0), steps):
-            for share in mine:
-                yield [(stream, epoch, p, order[stream][p]) for stream in (LABELED, UNLABELED)
-                       for p in range((at * shares + share) * size[stream], (at * shares + share + 1) * size[stream])]
 
 
 def load_whole(sample, num_classes):
@@ -895,14 +880,11 @@ def together(act):
 
 def set_up_device(name):
     """The device `name`, or the best there is, ready for use; the processes are joined over it."""
-    if not name:
-        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     try:
-        here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if name == "cuda" and here > max(torch.cuda.device_count(), 1):
-            raise RuntimeError(f"{here} processes, {torch.cuda.device_count()} GPUs: lower --nproc-per-node")
-        if name.startswith("cuda:") and world() > 1:
-            raise RuntimeError("each process takes a GPU of its own: say cuda, and choose them by CUDA_VISIBLE_DEVICES")
+        require(name != "cuda" or here <= max(torch.cuda.device_count(), 1), f"too few GPUs for {here} processes: lower --nproc-per-node")
+        require(world() == 1 or not name.startswith("cuda:"), "each process takes a GPU of its own, choose them by CUDA_VISIBLE_DEVICES")
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
         torch.empty(1, device=device)
     except Exception as error:                   # torch has several for "no such device"
@@ -945,15 +927,12 @@ def build_learner(s, device, steps, weights="none"):
     return Learner(student, parallel, teacher, optimizer, schedule, scaler)
 
 
-def save(path, content):
-    """Write `content`, text, a picture or an object for torch.save, to `path`: whole or not at all."""
+def save(path, write):
+    """Have write(a path beside it) make the file `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, Image.Image):
-            content.save(beside, "PNG")
-        else:
-            beside.write_text(content, encoding="utf-8") if isinstance(content, str) else torch.save(content, beside)
+        write(beside)
         os.replace(beside, path)
     except (OSError, RuntimeError) as error:                 # torch.save tells of a full disk by RuntimeError
         with suppress(OSError):
@@ -1009,8 +988,8 @@ def paint(labels, s):
     return picture
 
 
-def sheet(rows, titles, s):
-    """A page of `rows`, (caption, pictures), under `titles` and above a legend of the classes."""
+def save_sheet(path, rows, titles, s):
+    """Write a page of `rows`, (caption, pictures), under `titles` and above a legend of the classes."""
     font, first = ImageFont.load_default(13), rows[0][1][0]
     width, height = 200, min(max(round(200 * first.height / first.width), 60), 400)
     fitted = [pil_to_tensor(ImageOps.pad(p.convert("RGB"), (width, height), Image.Resampling.BOX, "white")) for _, row in rows for p in row]
@@ -1028,7 +1007,7 @@ def sheet(rows, titles, s):
         x, y = 4 + i % per_line * step, grid.height + 24 + i // per_line * 20
         draw.rectangle((x, y, x + 14, y + 14), colour, "black")
         draw.text((x + 20, y), name, "black", font)
-    return page
+    save(path, lambda file: page.save(file, "PNG"))
 
 
 def draw_samples(model, samples, path):
@@ -1038,7 +1017,7 @@ def draw_samples(model, samples, path):
         image, truth = load_whole(sample, s.num_classes)
         confidence, label = predict(model, image)[0].max(0)
         rows.append((Path(sample.id).name, (to_pil_image(image[0]), paint(truth[0], s), paint(label, s), to_pil_image(confidence.cpu()))))
-    save(path, sheet(rows, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), s))
+    save_sheet(path, rows, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), s)
 
 
 def draw_unlabeled(model, history, data, path):
@@ -1052,7 +1031,7 @@ def draw_unlabeled(model, history, data, path):
     seen = sorted((g, n, i) for n, (*_, gamma) in enumerate(records) for i, g in enumerate(gamma.tolist()))
     for g, n, i in seen[:2] + seen[2:][-2:]:
         step, share, _, _, gamma = records[n]
-        images = data[data.keys(step, share, 1 + max(r[1] for r in history))]
+        images = data[next(data.keys([share], step))]
         weak, strong, drawn = images["weak"], images["strong"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
         if "intensity" in adapted_parts(s):
             strong = adapt_intensity(weak.float(), strong.float(), gamma).byte()
@@ -1068,7 +1047,7 @@ def draw_unlabeled(model, history, data, path):
         caption = f"hardness {g:.2f}: {Path(data.samples[UNLABELED][images['index'][i]].id).name}"
         rows.append((caption, [to_pil_image(view) for view in (weak[i], strong[i], mixed, pale)]))
     if rows:
-        save(path, sheet(rows, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), s))
+        save_sheet(path, rows, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), s)
 
 
 def plot(runs, path):
@@ -1080,11 +1059,15 @@ def plot(runs, path):
     tables, some = [], 4 if len(runs) == 1 else 1
     for run in runs:
         try:
-            tables.append([[{name: value if name == "id" else float(value) for name, value in row.items()}
-                            for row in csv.DictReader((run / name).read_text(encoding="utf-8").splitlines())]
-                           for name in ("log.csv", "hardness.csv")])
-            [tables[-1][0][-1][name] for name in ("epoch", "miou", *MEASURED)]          # LookupError unless all are there
-        except (OSError, ValueError, LookupError, TypeError):
+            (names, *rows), (_, *images) = (list(csv.reader((run / name).read_text(encoding="utf-8").splitlines()))
+                                            for name in ("log.csv", "hardness.csv"))
+            log = dict(zip(names, np.array(rows, float).T, strict=True))
+            [log[name] for name in ("epoch", "miou", *MEASURED)]             # LookupError unless all are there
+            courses = {}                                                     # of each image: (epoch, hardness), ...
+            for epoch, name, value in images:
+                courses.setdefault(name, []).append((float(epoch), float(value)))
+            tables.append((log, sorted(courses.values(), key=lambda course: np.mean(course, 0)[1])))
+        except (OSError, ValueError, LookupError):
             raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
     try:
         from matplotlib.figure import Figure
@@ -1093,85 +1076,74 @@ def plot(runs, path):
         return
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
     miou, loss, mean, single = axes = figure.subplots(2, 2).ravel()
-    colours = itertools.cycle(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00"))
-    for run, (log, images), colour in zip(runs, tables, colours):
-        def line(axis, rows, column, style, label, width=1.5):
-            if rows:
-                axis.plot([row["epoch"] for row in rows], [row[column] for row in rows], style, color=colour, lw=width,
-                          label=label and (f"{run.name}: {label}" if len(runs) > 1 else label))
-
-        unlabeled, courses = [row for row in log if row["hardness"] > 0], {}
-        line(miou, [row for row in log if not math.isnan(row["miou"])], "miou", ".-", "mIoU")
-        line(loss, log, "loss_x", "-", "labeled, L_x")
-        line(loss, unlabeled, "loss_u", "--", "unlabeled, L_u")
-        line(mean, unlabeled, "hardness", "-", "hardness")
-        line(mean, unlabeled, "confident", "--", "confident pixels")
-        line(single, unlabeled, "hardness", "-", "mean", 3)
-        for row in images:
-            courses.setdefault(row["id"], []).append(row)
-        order = sorted(courses.values(), key=lambda course: sum(row["hardness"] for row in course) / len(course))
-        for kind, chosen, style in (("easiest", order[:some], "-"), ("hardest", order[some:][-some:], ":")):
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00") * len(runs)
+    for run, (log, courses), colour in zip(runs, tables, colours):
+        prefix, unlabeled = f"{run.name}: " * (len(runs) > 1), log["hardness"] > 0
+        for axis, column, style, label, shown in (
+                (miou, "miou", ".-", "mIoU", ~np.isnan(log["miou"])), (loss, "loss_x", "-", "labeled, L_x", log["epoch"] > 0),
+                (loss, "loss_u", "--", "unlabeled, L_u", unlabeled), (mean, "hardness", "-", "hardness", unlabeled),
+                (mean, "confident", "--", "confident pixels", unlabeled), (single, "hardness", "-", "mean", unlabeled)):
+            if shown.any():
+                axis.plot(log["epoch"][shown], log[column][shown], style, color=colour, label=prefix + label, lw=3 if axis is single else 1.5)
+        for kind, chosen, style in (("easiest", courses[:some], "-"), ("hardest", courses[some:][-some:], ":")):
             for i, course in enumerate(chosen):
-                line(single, course, "hardness", style, kind if i == 0 else None, 1)
+                single.plot(*zip(*course), style, color=colour, label=None if i else prefix + kind, lw=1)
     for axis, label in zip(axes, ("mIoU of the teacher [%]", "loss", "hardness, confidence [0 to 1]", "hardness of single images [0 to 1]")):
         axis.set(xlabel="epoch", ylabel=label)
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         if axis.lines:
             axis.legend(fontsize=8)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png")
-    save(path, Image.open(picture))
+    save(path, lambda file: figure.savefig(file, format="png"))
     print(f"curves of {len(runs)} run(s): {path}")
 
 
 def train(s, device, resume):
     """Train by the Settings `s`, from the start or from where the run in the folder s.out stopped."""
-    out, shares = Path(s.out), world() * s.accumulate
-    if s.batch % shares or s.batch < 2 * shares:
-        raise UserError(f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
+    shares, mine = world() * s.accumulate, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
+    require(s.batch % shares == 0 and s.batch >= 2 * shares,
+            f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
     labeled, unlabeled, validation, note = together(lambda: find_data(s))
     steps = len(unlabeled) // s.batch                        # an epoch
-    total, mine = s.epochs * steps, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
-    last, tables = out / "last.pt", (out / "log.csv", out / "hardness.csv")
-    ids = [sample.id for sample in labeled + unlabeled]
-    seen = gather(resume and last.exists())
-    found = any(seen)
-    if found != all(seen):
-        raise UserError(f"not every process finds {last}: --out must lie on a disk that all machines share")
-    files = (last, out / "best.pt", out / "settings.json", *tables)
-    if not found and gather(any(path.exists() for path in files))[0]:                 # as process 0 sees the folder
-        raise UserError(f"{out} holds a run already" + (
-            ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
+    total, ids = s.epochs * steps, [sample.id for sample in labeled + unlabeled]
+    out, last = Path(s.out), Path(s.out, "last.pt")
+    tables = out / "log.csv", out / "hardness.csv"
+
+    # The folder: a new one, or this very run's.
+    found = gather(resume and last.exists())
+    require(len(set(found)) == 1, f"not every process finds {last}: --out must lie on a disk that all machines share")
+    holds = gather([path for path in (last, out / "best.pt", out / "settings.json", *tables) if path.exists()])[0]
+    require(found[0] or not holds, f"{out} holds a run already" + (
+        ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
     lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
-    learner = build_learner(s, device, total, "none" if found else s.weights)
+    learner = build_learner(s, device, total, "none" if found[0] else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history = 0, -1.0, []                        # steps, mIoU, the epoch's records so far
-    if found:
+    if found[0]:
         state = load_checkpoint(last, "shares", "ids", "step", "best", "history", "sizes", *parts)
-        if state["shares"] != shares:
-            raise UserError(f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
-        if state["ids"] != ids:
-            raise UserError(f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
+        require(state["shares"] == shares,
+                f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
+        require(state["ids"] == ids,
+                f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
         done, best, history = state["step"], state["best"], state["history"]
-        for name, part in parts.items():
-            if state[name]:                                  # a GradScaler that is not needed has an empty state
-                part.load_state_dict(state[name])
+        for name in filter(state.get, parts):                # a GradScaler that is not needed has an empty state
+            parts[name].load_state_dict(state[name])
         for path, size in zip(tables, state["sizes"]):
             if rank() == 0 and path.exists():                # rows that the checkpoint does not know of will come again
                 os.truncate(path, min(size, path.stat().st_size))
-    keys = share_keys(s, len(labeled), len(unlabeled), shares, mine, done)
-    data, pictures = TrainingShares(labeled, unlabeled, s), whole_pictures(validation, s, device)
-    batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
-                              worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
 
     def save_state():
         if rank() == 0:
-            save(last, {"settings": dataclasses.asdict(s), "shares": shares, "ids": ids, "step": done, "best": best,
-                        "history": history, "sizes": [path.stat().st_size if path.exists() else 0 for path in tables],
-                        **{name: part.state_dict() for name, part in parts.items()}})
-            save(out / "settings.json", json.dumps(dataclasses.asdict(s) | {"shares": shares}, indent=1) + "\n")
+            settings = dataclasses.asdict(s)
+            state = {"settings": settings, "shares": shares, "ids": ids, "step": done, "best": best, "history": history,
+                     "sizes": [path.stat().st_size if path.exists() else 0 for path in tables],
+                     **{name: part.state_dict() for name, part in parts.items()}}
+            save(last, lambda file: torch.save(state, file))
+            save(out / "settings.json", lambda file: file.write_text(json.dumps(settings | {"shares": shares}, indent=1) + "\n"))
 
+    data, pictures = TrainingShares(labeled, unlabeled, shares, s), whole_pictures(validation, s, device)
+    batches = iter(DataLoader(data, batch_size=None, sampler=data.keys(mine, done), num_workers=s.workers,
+                              worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
     if rank() == 0:
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
@@ -1186,7 +1158,7 @@ def train(s, device, resume):
         signals, due = zip(*gather((stopped[:1], time.monotonic() - saved > 60 * s.save_every)))
         epoch_ends, stop = done % steps == 0, sum(signals, [])
         if fresh and (done % 10 == 0 or epoch_ends or stop or due[0]):       # seldom, for the host waits for the device here
-            history += look(fresh, data, shares, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
+            history += look(fresh, data, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
                             (time.monotonic() - begun) / (done - first), total - done)
             fresh = []
         if epoch_ends and history and not stop:
@@ -1201,9 +1173,8 @@ def train(s, device, resume):
         if done == total:
             break
         batch = together(lambda: {share: next(batches) for share in mine})
-        epoch = done // steps
         # Through the first epoch with unlabeled images, too, the teacher is the student, as in the released code.
-        teacher_step = done - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
+        teacher_step = done - s.warmup_epochs * steps if done // steps > s.warmup_epochs else 0
         fresh += train_step(learner, batch, done, teacher_step, s, device)
         done += 1
     if rank() == 0:
@@ -1232,19 +1203,19 @@ def end_epoch(done, steps, history, best, learner, data, pictures, s, device, se
             draw_samples(learner.teacher, pictures.dataset, out / "samples.png")
             draw_unlabeled(learner.teacher, history, data, out / "unlabeled.png")
         if miou > best:
-            save(out / "best.pt", {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou,
-                                   "teacher": learner.teacher.state_dict()})
+            content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
+            save(out / "best.pt", lambda file: torch.save(content, file))
     return max(best, miou)                                   # in this order NaN, not evaluated, is not better
 
 
-def look(fresh, data, shares, place, seconds, left):
+def look(fresh, data, place, seconds, left):
     """Show how the run goes; returns the records `fresh` of all processes on the CPU. UserError if a loss is not finite."""
     s = data.s
     mine = [(step, share, *(x.cpu() for x in tensors)) for step, share, *tensors in fresh]
     records = sorted(sum(gather(mine), []), key=lambda record: record[:2])                   # by step and share
     for step, share, values, _, _ in records:
         if not values.isfinite().all():
-            names = [data.samples[stream][index].id for stream, _, _, index in data.keys(step, share, shares)]
+            names = [data.samples[stream][index].id for stream, _, _, index in next(data.keys([share], step))]
             raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: look at these images, or begin again "
                             f"with a lower --lr and another --out; what was good before is in {Path(s.out) / 'last.pt'}")
     loss_x, loss_u, gamma = torch.stack([values[:3] for _, _, values, _, _ in records]).mean(0).tolist()
@@ -1296,38 +1267,38 @@ def parse(argv):
     what.add_argument("--eval", metavar="CKPT", help="score this checkpoint on the validation set, train nothing")
     what.add_argument("--predict", metavar="IMAGE", nargs="+",
                       help="write masks and overlays of these images, folders or patterns into --out")
-    parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
     what.add_argument("--plot", metavar="RUN", nargs="+", help="draw the curves of these runs into one picture, train nothing")
+    parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
         default = ("off", "on")[field.default] if field.type is bool else "''" if field.default == "" else field.default
-        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, choices=field.metadata.get("choices"),
-                            default=argparse.SUPPRESS, metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
+        parser.add_argument(flag(field.name), type=kind, choices=field.metadata.get("choices"), default=argparse.SUPPRESS,
+                            metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
     todo = parser.parse_args(argv)
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
-    if todo.predict and not (todo.checkpoint and "out" in given) or todo.checkpoint and not todo.predict:
-        raise UserError("--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
+    require(todo.checkpoint and "out" in given if todo.predict else not todo.checkpoint,
+            "--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
     checkpoint = todo.checkpoint or todo.eval
-    base = load_checkpoint(checkpoint)["settings"] if checkpoint is not None else PRESETS.get(given.get("dataset", "demo"), {})
-    stale = set() if checkpoint is None else {"device", "workers"}           # what in `base` says nothing of this run
-    stale |= {other for name, other in (("dataset", "root"), ("num_classes", "class_names"))
-              if name in given and given[name] != base.get(name)}
-    base = {name: value for name, value in base.items() if name not in stale}
+    if checkpoint is None:
+        base = PRESETS.get(given.get("dataset", "demo"), {})
+    else:                                                    # trained elsewhere, maybe
+        base = load_checkpoint(checkpoint)["settings"] | {"device": "", "workers": Settings.workers}
+    for name, follows in (("dataset", "root"), ("num_classes", "class_names")):
+        if name in given and given[name] != base.get(name):
+            base = base | {follows: ""}
     s = Settings(**base | given)
     if todo.plot:
         s.out = s.out or str(Path(todo.plot[0]) if len(todo.plot) == 1 else Path(todo.plot[0]).parent)
+        return s, todo
     s.out = s.out or str(Path("runs", "-".join((Path(s.dataset).resolve().name, Path(s.labeled).stem, s.method, str(s.seed)))))
-    last = Path(s.out, "last.pt")
-    if todo.resume and last.exists():
-        begun = Settings(**load_checkpoint(last)["settings"] | {"out": s.out})
+    if todo.resume and Path(s.out, "last.pt").exists():
+        begun = Settings(**load_checkpoint(Path(s.out, "last.pt"))["settings"] | {"out": s.out})
+        free = ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root")
         for name, value in given.items():
-            was, free = getattr(begun, name), ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root")
-            if value != was and name not in free:
-                raise UserError(f"{s.out} was begun with --{name.replace('_', '-')} {was}, not {value}: "
-                                f"leave it away, or choose another --out")
+            require(name in free or value == getattr(begun, name), f"{s.out} was begun with {flag(name)} {getattr(begun, name)}, "
+                    f"not {value}: leave it away, or choose another --out")
         s = dataclasses.replace(begun, **given)
-    if not todo.plot:
-        check_settings(s)
+    check_settings(s)
     s.workers = min(s.workers, os.cpu_count() or 1)
     return s, todo
 
@@ -1370,7 +1341,7 @@ def score(s, checkpoint, device):
         for k, entry in enumerate(result["classes"]):
             print(f"{k:3d}  {entry['name']:20}" + ("   in no picture" if entry["iou"] is None else f"  IoU {entry['iou']:6.2f}"))
         print(f"mIoU {result['miou']:.2f}  pixel accuracy {result['pixel_accuracy']:.2f}  ({len(samples)} images)")
-        save(Path(checkpoint).with_suffix(".json"), json.dumps(result, indent=1) + "\n")
+        save(Path(checkpoint).with_suffix(".json"), lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
 
 
 def find_pictures(patterns, out):
@@ -1406,8 +1377,9 @@ def predict_pictures(s, patterns, checkpoint, device):
             faults.append(f"{path}: no mask ({(str(error) or 'out of memory').splitlines()[0]})")
             continue
         painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
-        save(mask, painted)
-        save(overlay, Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen))
+        overlaid = Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen)
+        save(mask, lambda file: painted.save(file, "PNG"))
+        save(overlay, lambda file: overlaid.save(file, "PNG"))
         tell(f"{done} of {len(jobs)} pictures", last=False)
     tell(f"masks and overlays of {len(jobs) - len(faults)} pictures are in {s.out}", last=True)
     if faults:
