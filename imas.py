@@ -75,6 +75,11 @@ def require(fine, line):
         raise UserError(line)
 
 
+def some_of(things):
+    """The first ten of the strings `things` in one line."""
+    return "; ".join(things[:10]) + ("; ..." if things[10:] else "")
+
+
 # 1 ------------------------------------------------------------------------------------------------------- settings ---
 
 def option(default, help, **limits):
@@ -123,6 +128,10 @@ class Settings:
     workers: int = option(4, "loader processes per training process, at most one a core", low=0)
     seed: int = option(0, "of every draw, that of the labeled images by --labeled N too", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
+
+    def __post_init__(self):
+        if self.method == "uniform":
+            self.adapt = "none"
 
 
 PRESETS = {
@@ -234,7 +243,7 @@ def find_data(s):
         labeled, note = read_ids(Path(s.labeled)), f"listed in {s.labeled}"
     require(labeled, f"no id is labeled: the list is empty ({note})")
     both = sorted({v.id for v in validation} & {*pool, *labeled})
-    require(not both, f"{len(both)} ids are in val and among the training images too ({', '.join(both[:3])}): remove them from one side")
+    require(not both, f"{len(both)} ids are in val and among the training images too ({some_of(both)}): remove them from one side")
     unlabeled = sorted(set(pool) - set(labeled))
     require(len(unlabeled) >= s.batch,
             f"{len(unlabeled)} unlabeled images are left in {path}, a step takes {s.batch}: lower --labeled or --batch")
@@ -267,7 +276,7 @@ def find_samples(s, ids, with_masks):
                 faults.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is no readable picture")
         if len(set(sizes)) == 2:
             faults.append(f"{mask} is {sizes[1]}, its image {sizes[0]}")
-    require(not faults, f"{len(faults)} faults in the data: {'; '.join(faults[:10])}{'; ...' if faults[10:] else ''}")
+    require(not faults, f"{len(faults)} faults in the data: {some_of(faults)}")
     return samples
 
 
@@ -671,7 +680,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
     images). Where there are none, in the warm-up, B is 0 and all but loss_x is 0.
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
-    adapt, records = adapted_parts(s), []
+    records = []
     labeled_loss = functools.partial(ohem_cross_entropy, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss
     for share, images in batch.items():
         images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
@@ -697,7 +706,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
             if s.weak_in_batch:
                 views.append((weak, None))
             # The intensity view: strong colours, the less of them the harder the image.
-            views.append((adapt_intensity(weak, strong, gamma) if "intensity" in adapt else strong, target))
+            views.append((adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong, target))
             # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
             drawn = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                 # the host waits for the device
             if drawn:
@@ -715,7 +724,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
             loss_x = labeled_loss(logits[0], label)
             if s.aux_weight:
                 loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
-            losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in adapt else None)
+            losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in s.adapt else None)
                         for of_view, (_, target) in zip(logits, views) if target]
             loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
             scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
@@ -732,21 +741,15 @@ def train_step(learner, batch, step, teacher_step, s, device):
     return records
 
 
-def adapted_parts(s):
-    """The parts that follow hardness: a set of intensity, cutmix, loss."""
-    return set() if s.method == "uniform" else set(s.adapt.split(","))
-
-
 def draw_cutmix(gamma, height, width, step, share, s):
     """The partners [B] and the boxes bool [B, height, width] of a share's CutMix view, or None where it is not made.
 
     gamma: [B] on the CPU. The draws are seeded by (s.seed, step, share) and come in the order coin, partners, boxes.
     """
     generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
-    adaptive = "cutmix" in adapted_parts(s)
-    if torch.rand((), generator=generator) >= ((1 - gamma).mean() if adaptive else 0.5):
+    if torch.rand((), generator=generator) >= ((1 - gamma).mean() if "cutmix" in s.adapt else 0.5):
         return None
-    partner = pair_hard_easy(gamma) if adaptive else torch.randperm(len(gamma), generator=generator)
+    partner = pair_hard_easy(gamma) if "cutmix" in s.adapt else torch.randperm(len(gamma), generator=generator)
     return partner, cutmix_boxes(len(gamma), height, width, generator)
 
 
@@ -814,20 +817,9 @@ def predict(model, image):
         return total / count
 
 
-def whole_pictures(samples, s, device):
-    """A loader of load_whole's results: of all `samples`, the part that this process evaluates.
-
-    Its workers live as long as it does. One loader serves a whole run, for each start of workers is a fork beside torch's threads,
-    in which Python 3.11 can, rarely, hang for ever.
-    """
-    read = functools.partial(load_whole, num_classes=s.num_classes)          # the loader's items are samples, its workers read them
-    return DataLoader(samples, batch_size=None, sampler=range(rank(), len(samples), world()), collate_fn=read, num_workers=s.workers,
-                      persistent_workers=s.workers > 0, worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda")
-
-
 @torch.no_grad()
-def evaluate(model, pictures, device):
-    """Confusion matrix [C, C] of `model`, in eval mode, over all `pictures` (see whole_pictures) of all processes.
+def evaluate(model, samples, device):
+    """Confusion matrix [C, C] of `model`, in eval mode, over all `samples`.
 
     Pictures are looked at one by one and whole, each by one process, so that the number of processes changes nothing.
     """
@@ -835,14 +827,14 @@ def evaluate(model, pictures, device):
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
 
     def count():
-        for image, label in pictures:
-            confusion.add_(confusion_matrix(predict(model, image).argmax(1), label.to(device, non_blocking=True), classes))
+        for sample in samples[rank()::world()]:
+            image, label = load_whole(sample, classes)
+            confusion.add_(confusion_matrix(predict(model, image).argmax(1), label.to(device), classes))
 
     together(count)
     if world() > 1:
         dist.all_reduce(confusion)
-    if not confusion.any():
-        raise UserError(f"the masks of the validation set hold nothing but {IGNORE}: there is nothing to score")
+    require(confusion.any(), f"the masks of the validation set hold nothing but {IGNORE}: there is nothing to score")
     return confusion
 
 
@@ -1033,7 +1025,7 @@ def draw_unlabeled(model, history, data, path):
         step, share, _, _, gamma = records[n]
         images = data[next(data.keys([share], step))]
         weak, strong, drawn = images["weak"], images["strong"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
-        if "intensity" in adapted_parts(s):
+        if "intensity" in s.adapt:
             strong = adapt_intensity(weak.float(), strong.float(), gamma).byte()
         mixed = torch.full_like(weak[i], 255)                # blank where there was no CutMix view
         if drawn:
@@ -1110,17 +1102,16 @@ def train(s, device, resume):
     tables = out / "log.csv", out / "hardness.csv"
 
     # The folder: a new one, or this very run's.
-    found = gather(resume and last.exists())
-    require(len(set(found)) == 1, f"not every process finds {last}: --out must lie on a disk that all machines share")
+    found = gather(resume and last.exists())[0]              # as process 0 sees it
     holds = gather([path for path in (last, out / "best.pt", out / "settings.json", *tables) if path.exists()])[0]
-    require(found[0] or not holds, f"{out} holds a run already" + (
+    require(found or not holds, f"{out} holds a run already" + (
         ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
     lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
-    learner = build_learner(s, device, total, "none" if found[0] else s.weights)
+    learner = build_learner(s, device, total, "none" if found else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     done, best, history = 0, -1.0, []                        # steps, mIoU, the epoch's records so far
-    if found[0]:
-        state = load_checkpoint(last, "shares", "ids", "step", "best", "history", "sizes", *parts)
+    if found:
+        state = together(lambda: load_checkpoint(last, "shares", "ids", "step", "best", "history", "sizes", *parts))
         require(state["shares"] == shares,
                 f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         require(state["ids"] == ids,
@@ -1141,7 +1132,7 @@ def train(s, device, resume):
             save(last, lambda file: torch.save(state, file))
             save(out / "settings.json", lambda file: file.write_text(json.dumps(settings | {"shares": shares}, indent=1) + "\n"))
 
-    data, pictures = TrainingShares(labeled, unlabeled, shares, s), whole_pictures(validation, s, device)
+    data = TrainingShares(labeled, unlabeled, shares, s)
     batches = iter(DataLoader(data, batch_size=None, sampler=data.keys(mine, done), num_workers=s.workers,
                               worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
     if rank() == 0:
@@ -1162,7 +1153,7 @@ def train(s, device, resume):
                             (time.monotonic() - begun) / (done - first), total - done)
             fresh = []
         if epoch_ends and history and not stop:
-            best = end_epoch(done, steps, history, best, learner, data, pictures, s, device, time.monotonic() - epoch_begun)
+            best = end_epoch(done, steps, history, best, learner, data, validation, s, device, time.monotonic() - epoch_begun)
             history, epoch_begun = [], time.monotonic()
         if epoch_ends or stop or due[0]:                     # at the start, too: from then on the folder holds a run
             save_state()
@@ -1184,12 +1175,12 @@ def train(s, device, resume):
               f"score again with --eval {out / 'best.pt'}, label pictures with --predict FOLDER --checkpoint {out / 'best.pt'} --out MASKS")
 
 
-def end_epoch(done, steps, history, best, learner, data, pictures, s, device, seconds):
+def end_epoch(done, steps, history, best, learner, data, validation, s, device, seconds):
     """Evaluate after `done` steps; write the epoch's rows and pictures from its records `history`; returns the best mIoU so far."""
     epoch, out = done // steps, Path(s.out)
     miou, begun = math.nan, time.monotonic()
     if epoch % s.eval_every == 0 or epoch == s.epochs:
-        miou = 100 * iou_per_class(evaluate(learner.teacher, pictures, device)).nanmean().item()
+        miou = 100 * iou_per_class(evaluate(learner.teacher, validation, device)).nanmean().item()
     if rank() == 0:
         means = torch.stack([values for _, _, values, _, _ in history]).double().mean(0).tolist()
         row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
@@ -1200,7 +1191,7 @@ def end_epoch(done, steps, history, best, learner, data, pictures, s, device, se
         save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
         tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
         if not math.isnan(miou):
-            draw_samples(learner.teacher, pictures.dataset, out / "samples.png")
+            draw_samples(learner.teacher, validation, out / "samples.png")
             draw_unlabeled(learner.teacher, history, data, out / "unlabeled.png")
         if miou > best:
             content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
@@ -1332,7 +1323,7 @@ def load(checkpoint, device="cpu", s=None):
 def score(s, checkpoint, device):
     """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`; write them beside it as JSON."""
     samples = together(lambda: find_validation(s))
-    confusion = evaluate(load(checkpoint, device, s), whole_pictures(samples, s, device), device).cpu()
+    confusion = evaluate(load(checkpoint, device, s), samples, device).cpu()
     if rank() == 0:
         iou = 100 * iou_per_class(confusion)
         result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": iou.nanmean().item(),
@@ -1344,47 +1335,39 @@ def score(s, checkpoint, device):
         save(Path(checkpoint).with_suffix(".json"), lambda file: file.write_text(json.dumps(result, indent=1) + "\n"))
 
 
-def find_pictures(patterns, out):
-    """[(picture, mask, overlay), ...]: the files that `patterns` name (files, folders, glob patterns), and their results' in `out`."""
-    pictures, owner = {}, {}
+def find_pictures(patterns):
+    """The files that `patterns` (files, folders, glob patterns) name, each once and in order."""
+    pictures = {}
     for pattern in patterns:
         path, found = Path(pattern), []
         with suppress(OSError):                              # a folder that may not be read is as good as empty
             found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True)))
         found = [p for p in found if p.is_file() and (p == path or not p.name.startswith("."))]
-        if not found:
-            raise UserError(f"--predict {pattern}: there is no such file, and no file in it")
-        pictures |= {p.resolve(): p for p in found}          # each once, in order
-    jobs = [(p, out / f"{p.stem}.png", out / f"{p.stem}_overlay.png") for p in pictures.values()]
-    for picture, *targets in jobs:
-        if not picture.suffix or picture.suffix.lower() in Image.registered_extensions():       # others get no mask: they are no pictures
-            for target in targets:
-                if target.exists() or owner.setdefault(target, picture) is not picture:
-                    raise UserError(f"{target}, for {picture}, is {'there already' if target.exists() else f'for {owner[target]} too'}: "
-                                    f"choose another --out, or name fewer pictures at once")
-    return jobs
+        require(found, f"--predict {pattern}: there is no such file, and no file in it")
+        pictures |= {p.resolve(): p for p in found}
+    return list(pictures.values())
 
 
 def predict_pictures(s, patterns, checkpoint, device):
     """Write a palette mask, the class index stored, and an overlay for each picture; UserError at the end if some could not be done."""
-    model, faults = load(checkpoint, device, s), []
-    jobs = find_pictures(patterns, Path(s.out))
-    for done, (path, mask, overlay) in enumerate(jobs, 1):
+    model, pictures, faults = load(checkpoint, device, s), find_pictures(patterns), []
+    for done, path in enumerate(pictures, 1):
+        mask, overlay = (Path(s.out, path.stem + end) for end in (".png", "_overlay.png"))
         try:
             picture = read_image(path)
+            for file in (mask, overlay):                     # a picture, or what another picture of this name gave
+                require(not file.exists(), f"{file} is there already: choose another --out")
             label = predict(model, pil_to_tensor(picture)[None])[0].argmax(0).cpu()
         except (UserError, RuntimeError, MemoryError) as error:              # no picture; too large for the memory
-            faults.append(f"{path}: no mask ({(str(error) or 'out of memory').splitlines()[0]})")
+            faults.append(f"{path} ({(str(error) or 'out of memory').splitlines()[0]})")
             continue
         painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
         overlaid = Image.composite(Image.blend(picture, painted.convert("RGB"), 0.5), picture, seen)
         save(mask, lambda file: painted.save(file, "PNG"))
         save(overlay, lambda file: overlaid.save(file, "PNG"))
-        tell(f"{done} of {len(jobs)} pictures", last=False)
-    tell(f"masks and overlays of {len(jobs) - len(faults)} pictures are in {s.out}", last=True)
-    if faults:
-        print(*faults, sep="\n", file=sys.stderr)
-        raise UserError(f"{len(faults)} of {len(jobs)} files gave no mask, they are named above")
+        tell(f"{done} of {len(pictures)} pictures", last=False)
+    tell(f"masks and overlays of {len(pictures) - len(faults)} pictures are in {s.out}", last=True)
+    require(not faults, f"{len(faults)} of {len(pictures)} files gave no mask: {some_of(faults)}")
 
 
 def main(argv=None):
