@@ -28,15 +28,17 @@ import dataclasses
 import datetime
 import functools
 import glob
+import io
 import json
 import math
 import os
 import re
 import runpy
+import shutil
 import signal
 import sys
 import time
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -58,21 +60,32 @@ from torchvision.transforms.functional import adjust_hue, pil_to_tensor, to_pil_
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 HERE = Path(__file__).resolve().parent
-IMAGE_ENDINGS = (".jpg", ".png", ".jpeg", ".JPG", ".JPEG")
-TURNED_BY_CAMERAS = ("JPEG", "MPO")              # formats whose header says how the camera was held
+IMAGE_ENDINGS = (".jpg", ".png", ".jpeg", ".JPG", ".PNG", ".JPEG")
 IGNORE = 255                                     # the label of pixels that no loss and no score looks at
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as torchvision's weights expect
 CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]        # in the order of train_id
 
 
 class UserError(Exception):
-    """A mistake of the user's, told in one line: what is wrong, where, what to do. `main` prints it and exits with 2."""
+    """A mistake of the user's in one line: what is wrong, where, what to do. `main` prints it and exits with 2."""
 
 
 def require(fine, line):
     """Raise UserError(line) unless `fine`."""
     if not fine:
         raise UserError(line)
+
+
+@contextmanager
+def explained(what, advice):
+    """Turn any error inside the `with` into a UserError: what was tried, the error's first line, what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:                   # Pillow and torch raise errors of many kinds for a broken file
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise UserError(f"{what} ({reason.splitlines()[0]}): {advice}") from None
 
 
 def some_of(things):
@@ -107,7 +120,7 @@ class Settings:
     base_size: int = option(0, "long side in pixels before scaling, in training; 0: each image's own", low=0)
     min_scale: float = option(0.5, "weak augmentation scales by a factor from here ...", low=0.01)
     max_scale: float = option(2.0, "... to here", low=0.01)
-    crop: int = option(513, "side of the square training crop in pixels; a multiple of the output stride plus 1 fits align_corners", low=16)
+    crop: int = option(513, "side of the square training crop in pixels; a multiple of the output stride plus 1 fits align_corners", low=16, high=8192)
     batch: int = option(16, "labeled images a step, and as many unlabeled, over all processes", low=2)
     accumulate: int = option(1, "cut each process's part of the batch into this many shares; raise it when memory runs out", low=1)
     epochs: int = option(80, "passes over the unlabeled images, the warm-up's included", low=1)
@@ -155,6 +168,7 @@ def flag(name):
 
 def check_settings(s):
     """Raise UserError for the first value of Settings `s` that is out of its bounds, alone or together with others."""
+    require(s.num_classes, f"--num-classes is missing; it is known for --dataset {', '.join(PRESETS)} alone, not for {s.dataset}")
     for field in dataclasses.fields(s):
         value, low, high = getattr(s, field.name), field.metadata.get("low"), field.metadata.get("high", 1e9)
         require(low is None or low <= value <= high, f"{flag(field.name)} {value}: must be from {low} to {high:g}")
@@ -177,15 +191,14 @@ class Sample(NamedTuple):
 
 
 def read_ids(path):
-    """The ids in the list file `path`, one a line: plain ones, or paths, "JPEGImages/x.jpg", where the mask's may follow."""
-    try:
+    """The ids in the list file `path`, one a line, of plain ids or of paths: "x", "JPEGImages/x.jpg" and "JPEGImages/x.jpg
+    SegmentationClass/x.png" all name x; an id may have folders and spaces in it."""
+    with explained(f"cannot read the id list {path}", "name a text file with an id a line"):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the id list {path}: {getattr(error, 'strerror', error)}") from None
     ids = {}
     for number, line in enumerate(map(str.strip, lines), 1):
-        name = re.sub(r"(\.(jpe?g|png))\s+\S+$", r"\1", line, flags=re.IGNORECASE)       # less the mask; an id may have a space
-        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", Path(name).as_posix(), flags=re.IGNORECASE)
+        name = Path(re.sub(r"(\.(jpe?g|png))\s.*\.png$", r"\1", line, flags=re.IGNORECASE)).as_posix()           # less the mask's path
+        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", name, flags=re.IGNORECASE)
         place = f"{path}, line {number}: '{line}'"
         require(not Path(name).is_absolute() and ".." not in Path(name).parts, f"{place} leads out of the dataset's folder")
         require(name not in ids, f"{place} stands there a second time, remove one")
@@ -226,19 +239,19 @@ def find_data(s):
     validation = find_validation(s)
     require(s.labeled, "--labeled is missing: a number of images, or a file with their ids")
     (pool, path), published = list_ids(s, "train"), data_root(s) / "splits" / s.labeled
-    if s.labeled.isdecimal() and (published / "labeled.txt").is_file():
-        labeled, note = read_ids(published / "labeled.txt"), f"the published partition in {published}"
-        if s.dataset == "voc":
-            own = read_ids(data_root(s) / "ImageSets" / "Segmentation" / "train.txt")
-            note += f", {'classic' if set(labeled) <= set(own) else 'blended'} protocol"
-        if (published / "unlabeled.txt").is_file():
-            pool, path = read_ids(published / "unlabeled.txt"), published / "unlabeled.txt"
-    elif s.labeled.isdecimal():
+    if s.labeled.isdecimal() and not (published / "labeled.txt").is_file():
         with_mask = [i for i in pool if locate(s, i)[1].is_file()]
         require(0 < int(s.labeled) <= len(with_mask),
                 f"--labeled {s.labeled}: {len(with_mask)} ids of {path} have a mask, so at most that many, and at least 1")
         draw = np.random.default_rng(s.seed).permutation(len(with_mask))[:int(s.labeled)]
         labeled, note = [with_mask[i] for i in draw], f"drawn with seed {s.seed} from the {len(with_mask)} with a mask in {path.name}"
+    elif s.labeled.isdecimal():
+        labeled, note = read_ids(published / "labeled.txt"), f"the published partition in {published}"
+        if (published / "unlabeled.txt").is_file():
+            pool, path = read_ids(published / "unlabeled.txt"), published / "unlabeled.txt"
+        if s.dataset == "voc":
+            own = read_ids(data_root(s) / "ImageSets" / "Segmentation" / "train.txt")
+            note += f", {'classic' if set(labeled) <= set(own) else 'blended'} protocol"
     else:
         labeled, note = read_ids(Path(s.labeled)), f"listed in {s.labeled}"
     require(labeled, f"no id is labeled: the list is empty ({note})")
@@ -270,24 +283,24 @@ def find_samples(s, ids, with_masks):
         for path in filter(None, samples[-1][1:]):
             try:
                 with Image.open(path) as picture:            # reads the header alone
-                    turned = picture.format in TURNED_BY_CAMERAS and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
-                    sizes.append("{}x{}".format(*picture.size[::-1 if turned else 1]))
-            except Exception as error:                       # Pillow raises errors of many kinds
-                faults.append(f"{path} is missing" if isinstance(error, FileNotFoundError) else f"{path} is no readable picture")
+                    on_its_side = picture.format != "PNG" and picture.getexif().get(ExifTags.Base.Orientation, 1) > 4
+                    sizes.append(picture.size[::-1] if on_its_side else picture.size)
+            except FileNotFoundError:
+                faults.append(f"{path} is missing")
+            except Exception:                                # Pillow raises errors of many kinds
+                faults.append(f"{path} is no readable picture")
         if len(set(sizes)) == 2:
-            faults.append(f"{mask} is {sizes[1]}, its image {sizes[0]}")
-    require(not faults, f"{len(faults)} faults in the data: {some_of(faults)}")
+            faults.append(f"{mask} is {sizes[1][0]}x{sizes[1][1]}, its image {sizes[0][0]}x{sizes[0][1]}")
+    require(not faults, f"{len(faults)} fault(s) in the data: {some_of(faults)}")
     return samples
 
 
 def read_image(path):
-    """The picture in the file `path` as a PIL image in RGB, turned as its camera says."""
-    try:
-        with Image.open(path) as image:                      # 16 or 32 bits have ranges that Pillow does not convert
-            require(image.mode[0] not in "IF", f"mode {image.mode}, save it with 8 bits per channel")
-            return (ImageOps.exif_transpose(image) if image.format in TURNED_BY_CAMERAS else image).convert("RGB")
-    except Exception as error:
-        raise UserError(f"cannot decode {path} ({error}): replace it, or leave it out") from None
+    """The picture in the file `path` as a PIL image in RGB, turned as its camera says; a PNG, whose header says nothing of it, as it is."""
+    with explained(f"cannot decode {path}", "replace it, or leave it out"), Image.open(path) as image:
+        if image.mode[0] in "IF":                            # 16 or 32 bits, whose range Pillow does not convert
+            raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
+        return (image if image.format == "PNG" else ImageOps.exif_transpose(image)).convert("RGB")
 
 
 def read_mask(sample, num_classes):
@@ -295,11 +308,8 @@ def read_mask(sample, num_classes):
 
     The stored index is the class. The mode is never converted: a palette turned into luminance is garbage.
     """
-    try:
-        with Image.open(sample.mask) as mask:
-            mode, labels = mask.mode, np.array(mask, np.uint8)
-    except Exception as error:
-        raise UserError(f"cannot decode {sample.mask} ({error}): replace it, or remove its id from the lists") from None
+    with explained(f"cannot decode {sample.mask}", "replace it, or remove its id from the lists"), Image.open(sample.mask) as mask:
+        mode, labels = mask.mode, np.array(mask, np.uint8)
     require(mode in ("P", "L", "1"), f"the mask {sample.mask} has mode {mode}: save class indices as an 8-bit palette or grey PNG")
     if sample.mask.name.endswith("_labelIds.png"):
         train_id = {c.id: c.train_id for c in CITYSCAPES}
@@ -365,25 +375,22 @@ class TrainingShares:
     def __init__(self, labeled, unlabeled, shares, s):
         self.samples, self.shares, self.s = {LABELED: labeled, UNLABELED: unlabeled}, shares, s
 
-    def keys(self, mine, step):
-        """Yield the keys of the shares numbered `mine` of step `step`, step + 1, ... to the end of the run.
+    def keys(self, step, share):
+        """The key of one share of one step.
 
         An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
-        ones come in random order again and again.
+        ones come in random order again and again; where they are alone, they take the unlabeled ones' places too.
         """
-        s, order = self.s, {}
-        steps = len(self.samples[UNLABELED]) // s.batch
-        for epoch in range(step // steps, s.epochs):
-            alone = s.method == "supervised" or epoch < s.warmup_epochs      # then labeled images take the unlabeled ones' places
-            size = {LABELED: s.batch // self.shares * (1 + alone), UNLABELED: s.batch // self.shares * (not alone)}      # of a share
-            for stream, samples in self.samples.items():
-                rng, n = np.random.default_rng((s.seed, epoch, stream)), len(samples)
-                passes = max(math.ceil(steps * self.shares * size[stream] / n), 1)
-                order[stream] = np.concatenate([rng.permutation(n) for _ in range(passes)]).tolist()
-            for at in range(max(step - epoch * steps, 0), steps):
-                for n in (at * self.shares + share for share in mine):       # the n-th share of the epoch
-                    yield [(stream, epoch, p, order[stream][p]) for stream in order
-                           for p in range(n * size[stream], (n + 1) * size[stream])]
+        s, keys, steps = self.s, [], len(self.samples[UNLABELED]) // self.s.batch
+        epoch, step = divmod(step, steps)
+        alone = s.method == "supervised" or epoch < s.warmup_epochs
+        for stream, times in ((LABELED, 2 if alone else 1), (UNLABELED, 0 if alone else 1)):
+            n, size = len(self.samples[stream]), times * s.batch // self.shares
+            rng = np.random.default_rng((s.seed, epoch, stream))
+            order = [i for _ in range(math.ceil(steps * self.shares * size / n)) for i in rng.permutation(n).tolist()]
+            first = (step * self.shares + share) * size
+            keys += [(stream, epoch, position, order[position]) for position in range(first, first + size)]
+        return keys
 
     def __getitem__(self, keys):
         """A dict of stacked tensors, H = W = crop: image uint8 [B, 3, H, W], label uint8 [B, H, W] of the labeled; weak and
@@ -490,7 +497,7 @@ def dilated_resnet(name, weights, output_stride):
 
 def load_backbone(net, name, weights):
     """Load torchvision's ImageNet weights (`weights` "imagenet"), or the state dict in the file `weights`, into `net`."""
-    try:
+    with explained(f"no weights '{weights}' for {name}", "use --weights none, or --weights FILE with a state dict"):
         if weights == "imagenet":
             state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
@@ -498,9 +505,6 @@ def load_backbone(net, name, weights):
         missing = net.load_state_dict(state, strict=False).missing_keys      # what is too much, as the classifier, is left
         if missing:
             raise ValueError(f"{missing[0]} is missing")
-    except Exception as error:                   # of the network, the disk, the file's format, the names or the shapes
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"no weights '{weights}' for {name} ({reason}): use --weights none, or --weights FILE with a state dict") from None
 
 
 # 4 ------------------------------------------------------------------------------------------- quantitative hardness ---
@@ -666,72 +670,82 @@ class Learner(NamedTuple):
     scaler: torch.amp.GradScaler
 
 
-MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # what train_step reports of a share
+MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # what loss_of_share reports of a share
+
+
+def loss_of_share(learner, images, step, share, s):
+    """The algorithm, Figure 2 of the paper from left to right: the loss L_x + lambda_u L_u of one share of a batch, and its record.
+
+    images  item of TrainingShares, on the device
+    L_u is the intensity view's consistency loss, or the mean of both views' where CutMix fired.
+    The record is a dict: step, share, measured (the MEASURED, float [5]), index int64 [B] and gamma [B] of the unlabeled images.
+    In the warm-up there are none: then B is 0, and so is all that is measured but loss_x.
+    """
+    student, model, teacher, device = learner.student, learner.parallel, learner.teacher, images["image"].device
+    views, targets = [normalize(images["image"])], []        # all that the student is to see; what the teacher says of the last views
+    gamma, index, confident, drawn = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64), torch.zeros((), device=device), None
+
+    if "weak" in images:
+        weak, strong, valid, index = normalize(images["weak"]), normalize(images["strong"]), images["valid"], images["index"]
+        # Both networks look at the weak view u; how far they disagree about it is its hardness.
+        student.eval()
+        with torch.no_grad(), autocast(device):
+            logits_s, logits_t = student(weak), teacher(weak)                                 # [B, C, H, W]
+        student.train()
+        gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)                      # [B]
+        confidence, pseudo_label = logits_t.float().softmax(1).max(1)                         # [B, H, W]
+        confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
+        targets.append({"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid})
+        # No loss looks at the student's output on u. It sees u for BatchNorm's sake, whose running statistics are to fit undistorted
+        # images: those of the hardness above, and of every evaluation.
+        if s.weak_in_batch:
+            views.append(weak)
+        # The intensity view: strong colours, the less of them the harder the image.
+        views.append(adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong)
+        # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
+        drawn = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                     # the host waits for the device
+        if drawn:
+            partner, box = (x.to(device, non_blocking=True) for x in drawn)                   # [B], [B, H, W]
+            views.append(torch.where(box.unsqueeze(1), weak[partner], weak))
+            targets.append({name: torch.where(box, x[partner], x) for name, x in targets[0].items()})
+
+    # The student looks at everything at once.
+    with autocast(device):
+        output = model(torch.cat(views))
+    logits, auxiliary = output if s.aux_weight else (output, None)
+    label, logits = images["label"].long(), logits.split([len(view) for view in views])
+    loss_x = labeled_loss(logits[0], label, s)
+    if s.aux_weight:
+        loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label, s)
+    losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in s.adapt else None)
+                for of_view, target in zip(logits[-len(targets):], targets)]
+    loss_u = torch.stack(losses_u).mean() if losses_u else torch.zeros_like(loss_x)
+    fired = torch.full_like(confident, drawn is not None)
+    measured = torch.stack([loss_x, loss_u, gamma.sum() / max(len(gamma), 1), confident, fired]).detach()
+    return loss_x + s.lambda_u * loss_u, {"step": step, "share": share, "measured": measured, "index": index, "gamma": gamma}
+
+
+def labeled_loss(logits, label, s):
+    """L_x of the settings `s`: OHEM or plain cross entropy."""
+    return ohem_cross_entropy(logits, label, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss(logits, label)
 
 
 def train_step(learner, batch, step, teacher_step, s, device):
-    """One step of iMAS: the whole algorithm, Figure 2 of the paper from left to right.
+    """One step: the gradient of the mean of the shares' losses, the student's update, the teacher's. Returns the shares' records.
 
-    batch         this process's shares of the step: {number of the share: item of TrainingShares}
+    batch         {number of the share: item of TrainingShares}, this process's shares of the step
     step          number of the step from 0; seeds CutMix
-    teacher_step  steps since the end of the warm-up, 0 while the teacher is to be the student (see update_teacher)
-    The loss is L_x + lambda_u L_u, with L_u the intensity view's consistency loss, or the mean of both views' where CutMix fired.
-    Returns a list with one record a share: (step, share, the MEASURED float [5], index int64 [B] and gamma [B] of its unlabeled
-    images). Where there are none, in the warm-up, B is 0 and all but loss_x is 0.
+    teacher_step  `step` of update_teacher: 0 while the teacher is to be the student, then the steps since the end of the warm-up
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
     records = []
-    labeled_loss = functools.partial(ohem_cross_entropy, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss
     for share, images in batch.items():
         images = {name: value.to(device, non_blocking=True) for name, value in images.items()}
-        views, label = [(normalize(images["image"]), None)], images["label"].long()           # (what the student sees, its pseudo-label)
-        gamma, confident, drawn = torch.empty(0, device=device), torch.zeros((), device=device), None
-        index = gamma.long()
-
-        if "weak" in images:
-            weak, strong = normalize(images["weak"]), normalize(images["strong"])             # u and A_s(u)
-            valid, index = images["valid"], images["index"]
-            # Both networks look at u.
-            student.eval()
-            with torch.no_grad(), autocast(device):
-                logits_s, logits_t = student(weak), teacher(weak)                             # [B, C, H, W]
-            student.train()
-            confidence, pseudo_label = logits_t.float().softmax(1).max(1)                     # [B, H, W]
-            target = {"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid}
-            confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
-            # Hardness: how far they disagree about it.
-            gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)                  # [B]
-            # The weak view's outputs go nowhere. It is there for BatchNorm, whose running statistics serve clean images, in the
-            # hardness above and in every evaluation.
-            if s.weak_in_batch:
-                views.append((weak, None))
-            # The intensity view: strong colours, the less of them the harder the image.
-            views.append((adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong, target))
-            # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
-            drawn = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                 # the host waits for the device
-            if drawn:
-                partner, box = (x.to(device, non_blocking=True) for x in drawn)               # [B], [B, H, W]
-                views.append((torch.where(box.unsqueeze(1), weak[partner], weak),
-                              {name: torch.where(box, x[partner], x) for name, x in target.items()}))
-
-        # The student looks at everything at once; gradients cross the processes once a step.
-        sync = nullcontext() if parallel is student or share == max(batch) else parallel.no_sync()
-        with sync:
-            with autocast(device):
-                logits = parallel(torch.cat([view for view, _ in views]))
-            logits, auxiliary = logits if s.aux_weight else (logits, None)
-            logits = logits.split([len(view) for view, _ in views])
-            loss_x = labeled_loss(logits[0], label)
-            if s.aux_weight:
-                loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label)
-            losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in s.adapt else None)
-                        for of_view, (_, target) in zip(logits, views) if target]
-            loss_u = sum(losses_u, torch.zeros_like(loss_x)) / max(len(losses_u), 1)
-            scaler.scale((loss_x + s.lambda_u * loss_u) / len(batch)).backward()
-        fired = torch.full((), float(drawn is not None), device=device)
-        measured = torch.stack([loss_x.detach(), loss_u.detach(), gamma.sum() / max(len(gamma), 1), confident, fired])
-        records.append((step, share, measured, index, gamma))
-
+        # The processes' gradients are averaged once a step, with the last share.
+        with nullcontext() if parallel is student or share == max(batch) else parallel.no_sync():
+            loss, record = loss_of_share(learner, images, step, share, s)
+            scaler.scale(loss / len(batch)).backward()
+        records.append(record)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad()
@@ -762,7 +776,7 @@ def autocast(device):
 
 @torch.no_grad()
 def average_running_statistics(student):
-    """Make BatchNorm's running statistics the mean over the processes; SyncBatchNorm has seen to it already."""
+    """Make BatchNorm's running statistics the mean over the processes, unless SyncBatchNorm keeps them equal."""
     if world() > 1 and not any(isinstance(m, nn.SyncBatchNorm) for m in student.modules()):
         for buffer in (b for b in student.buffers() if b.is_floating_point()):
             dist.all_reduce(buffer)
@@ -873,20 +887,21 @@ def together(act):
 def set_up_device(name):
     """The device `name`, or the best there is, ready for use; the processes are joined over it."""
     name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    try:
-        require(name != "cuda" or here <= max(torch.cuda.device_count(), 1), f"too few GPUs for {here} processes: lower --nproc-per-node")
-        require(world() == 1 or not name.startswith("cuda:"), "each process takes a GPU of its own, choose them by CUDA_VISIBLE_DEVICES")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), max(torch.cuda.device_count(), 1)
+    require(name != "cuda" or here <= gpus, f"{here} processes, {gpus} GPU(s): lower --nproc-per-node")
+    require(world() == 1 or ":" not in name, f"--device {name}: each of several processes takes a GPU of its own, say cuda")
+    with explained(f"--device {name} cannot be used", "choose among cpu, cuda, cuda:1, mps"):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if name == "cuda" else torch.device(name)
+        if device.type not in ("cpu", "cuda", "mps"):
+            raise ValueError("an unknown kind")
         torch.empty(1, device=device)
-    except Exception as error:                   # torch has several for "no such device"
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision("high")           # TF32 for what autocast leaves in float32
         torch.backends.cudnn.allow_tf32 = True
     if world() > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        with explained(f"{world()} processes (WORLD_SIZE) do not find each other", "start them by torchrun"):
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     return device
 
 
@@ -923,38 +938,28 @@ def save(path, write):
     """Have write(a path beside it) make the file `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(beside)
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:                 # torch.save tells of a full disk by RuntimeError
-        with suppress(OSError):
+        with explained(f"cannot write {path}", "make room, or choose another --out; what was there before is whole, and a training goes "
+                       "on with --resume"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write(beside)
+            os.replace(beside, path)
+    finally:
+        with suppress(OSError):                              # there only if it was not made whole
             beside.unlink()
-        raise UserError(f"cannot write {path} ({error}): make room, or choose another --out; what was there before is whole, "
-                        f"and a training goes on with --resume") from None
-
-
-def save_rows(path, header, rows):
-    """Append `rows` to the CSV file `path`, which begins with `header`."""
-    try:
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            csv.writer(file).writerows(rows if file.tell() else [header, *rows])
-    except OSError as error:
-        raise UserError(f"cannot write {path} ({error}): make room and go on with --resume") from None
 
 
 def claim(out):
     """Make the folder `out` this run's own, as long as the file returned is open; UserError if another run is alive in it."""
-    try:
+    with explained(f"cannot use the folder {out}", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
         file = open(out / "lock", "w")
-        with suppress(ImportError):              # on Windows another run is not noticed
+        with suppress(ImportError):                          # on Windows another run is not noticed
             import fcntl
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return file
-    except BlockingIOError:
-        raise UserError(f"another run is alive in {out}: wait for it, or choose another --out") from None
-    except OSError as error:
-        raise UserError(f"cannot use the folder {out} ({error}): choose another --out") from None
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(f"another run is alive in {out}: wait for it, or choose another --out") from None
+    return file
 
 
 # Pictures of what happens
@@ -1012,18 +1017,17 @@ def draw_samples(model, samples, path):
     save_sheet(path, rows, ("image", "truth", "teacher's prediction", "confidence (0 black, 1 white)"), s)
 
 
-def draw_unlabeled(model, history, data, path):
+def draw_unlabeled(model, records, data, path):
     """Write a sheet of an epoch's two easiest and two hardest unlabeled images: the views as training made them, the teacher as it is now.
 
-    history: the epoch's records, from which the views' draws follow; data: its TrainingShares. Of an epoch in which CutMix fired,
-    images of those batches alone.
+    records: the epoch's, from which the views' draws follow. Of an epoch in which CutMix fired, images of those shares alone.
     """
     rows, s = [], data.s
-    records = [r for r in history if r[2][MEASURED.index("cutmix")]] or history
-    seen = sorted((g, n, i) for n, (*_, gamma) in enumerate(records) for i, g in enumerate(gamma.tolist()))
+    records = [r for r in records if r["measured"][-1]] or records           # the last of MEASURED: cutmix
+    seen = sorted((g, n, i) for n, r in enumerate(records) for i, g in enumerate(r["gamma"].tolist()))
     for g, n, i in seen[:2] + seen[2:][-2:]:
-        step, share, _, _, gamma = records[n]
-        images = data[next(data.keys([share], step))]
+        step, share, gamma = (records[n][name] for name in ("step", "share", "gamma"))
+        images = data[data.keys(step, share)]
         weak, strong, drawn = images["weak"], images["strong"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
         if "intensity" in s.adapt:
             strong = adapt_intensity(weak.float(), strong.float(), gamma).byte()
@@ -1032,10 +1036,10 @@ def draw_unlabeled(model, history, data, path):
             partner, box = drawn[0][i], drawn[1][i]
             mixed = torch.where(box, weak[partner], weak[i])
             if box.any():
-                mixed = draw_bounding_boxes(mixed, masks_to_boxes(box[None]), colors="magenta", width=-(-s.crop // 100))
-        confidence, label = predict(model, weak[i:i + 1])[0].max(0)
-        colours = pil_to_tensor(paint(torch.where(images["valid"][i], label.cpu(), IGNORE), s).convert("RGB"))
-        pale = torch.where(confidence.cpu() >= s.tau, colours, 191 + colours // 4)
+                mixed = draw_bounding_boxes(mixed, masks_to_boxes(box[None]), colors="magenta", width=math.ceil(s.crop / 100))
+        confidence, label = predict(model, weak[i:i + 1])[0].cpu().max(0)
+        colours = pil_to_tensor(paint(torch.where(images["valid"][i], label, IGNORE), s).convert("RGB"))
+        pale = torch.where(confidence >= s.tau, colours, 191 + colours // 4)
         caption = f"hardness {g:.2f}: {Path(data.samples[UNLABELED][images['index'][i]].id).name}"
         rows.append((caption, [to_pil_image(view) for view in (weak[i], strong[i], mixed, pale)]))
     if rows:
@@ -1045,8 +1049,8 @@ def draw_unlabeled(model, history, data, path):
 def plot(runs, path):
     """Draw log.csv and hardness.csv of the folders `runs` into the picture `path`, each run in a colour of its own.
 
-    mIoU, losses, mean hardness and share of confident pixels by epoch, and Figure 3c of the paper: single images' hardness over the
-    training, some of the easiest and of the hardest on average, and the mean. Needs matplotlib; without it one line says so.
+    mIoU, losses, mean hardness and confident pixels by epoch, and Figure 3c of the paper: the hardness of single images over the
+    training, of some of the easiest and of the hardest on average. UserError without matplotlib.
     """
     tables, some = [], 4 if len(runs) == 1 else 1
     for run in runs:
@@ -1064,8 +1068,7 @@ def plot(runs, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print("no curves drawn: pip install matplotlib, then python imas.py --plot RUN...")
-        return
+        raise UserError("no curves drawn: pip install matplotlib, then python imas.py --plot RUN...") from None
     figure = Figure(figsize=(9, 6.4), dpi=100, layout="constrained")
     miou, loss, mean, single = axes = figure.subplots(2, 2).ravel()
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#000000", "#E69F00") * len(runs)
@@ -1096,120 +1099,140 @@ def train(s, device, resume):
     require(s.batch % shares == 0 and s.batch >= 2 * shares,
             f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
     labeled, unlabeled, validation, note = together(lambda: find_data(s))
-    steps = len(unlabeled) // s.batch                        # an epoch
-    total, ids = s.epochs * steps, [sample.id for sample in labeled + unlabeled]
-    out, last = Path(s.out), Path(s.out, "last.pt")
-    tables = out / "log.csv", out / "hardness.csv"
+    ids, steps = [sample.id for sample in labeled + unlabeled], len(unlabeled) // s.batch        # steps: of an epoch
+    total, data = s.epochs * steps, TrainingShares(labeled, unlabeled, shares, s)
 
-    # The folder: a new one, or this very run's.
+    # The folder is a new one, or this very run's.
+    out, last = Path(s.out), Path(s.out, "last.pt")
     found = gather(resume and last.exists())[0]              # as process 0 sees it
-    holds = gather([path for path in (last, out / "best.pt", out / "settings.json", *tables) if path.exists()])[0]
+    holds = gather([name for name in ("last.pt", "best.pt", "settings.json", "log.csv", "hardness.csv") if (out / name).exists()])[0]
     require(found or not holds, f"{out} holds a run already" + (
         ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
     lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
     learner = build_learner(s, device, total, "none" if found else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
-    done, best, history = 0, -1.0, []                        # steps, mIoU, the epoch's records so far
+    run = {"step": 0, "best": -1.0, "records": [], "log.csv": "", "hardness.csv": ""}            # with `parts`, all that a step changes
     if found:
-        state = together(lambda: load_checkpoint(last, "shares", "ids", "step", "best", "history", "sizes", *parts))
+        state = together(lambda: load_checkpoint(last, "shares", "ids", *run, *parts))
         require(state["shares"] == shares,
                 f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         require(state["ids"] == ids,
                 f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
-        done, best, history = state["step"], state["best"], state["history"]
+        run = {name: state[name] for name in run}
         for name in filter(state.get, parts):                # a GradScaler that is not needed has an empty state
             parts[name].load_state_dict(state[name])
-        for path, size in zip(tables, state["sizes"]):
-            if rank() == 0 and path.exists():                # rows that the checkpoint does not know of will come again
-                os.truncate(path, min(size, path.stat().st_size))
 
     def save_state():
         if rank() == 0:
-            settings = dataclasses.asdict(s)
-            state = {"settings": settings, "shares": shares, "ids": ids, "step": done, "best": best, "history": history,
-                     "sizes": [path.stat().st_size if path.exists() else 0 for path in tables],
-                     **{name: part.state_dict() for name, part in parts.items()}}
-            save(last, lambda file: torch.save(state, file))
-            save(out / "settings.json", lambda file: file.write_text(json.dumps(settings | {"shares": shares}, indent=1) + "\n"))
+            state = {"settings": dataclasses.asdict(s), "shares": shares, "ids": ids, **run}
+            save(last, lambda file: torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file))
+            save(out / "settings.json", lambda file: file.write_text(json.dumps(state["settings"] | {"shares": shares}, indent=1) + "\n"))
+            for name in filter(run.get, ("log.csv", "hardness.csv")):
+                save(out / name, lambda file: file.write_text(run[name], encoding="utf-8"))
 
-    data = TrainingShares(labeled, unlabeled, shares, s)
-    batches = iter(DataLoader(data, batch_size=None, sampler=data.keys(mine, done), num_workers=s.workers,
+    def on_signal(number, frame):
+        nonlocal signalled
+        signalled = number
+        signal.signal(number, signal.SIG_DFL)                # the same signal a second time does what it always does
+
+    signalled, trouble = 0, None
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, on_signal)
+    keys = (data.keys(step, share) for step in range(run["step"], total) for share in mine)
+    batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
                               worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
     if rank() == 0:
+        how = f"from step {run['step']} on, " if run["step"] else "nothing to resume, " if resume else ""
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
-              f"{s.batch // shares} + {s.batch // shares} images, on {device}, "
-              f"{f'from step {done} on, ' if done else 'nothing to resume, ' if resume else ''}into {out}", flush=True)
-    stopped, fresh, begun, first = [], [], time.monotonic(), done
-    for number in (signal.SIGTERM, signal.SIGINT):           # the same signal a second time does what it always does
-        signal.signal(number, lambda number, frame: (stopped.append(number), signal.signal(number, signal.SIG_DFL)))
-    epoch_begun = saved = begun
+              f"{s.batch // shares} + {s.batch // shares} images, on {device}, {how}into {out}", flush=True)
+    fresh, first = [], run["step"]                           # records that are still on the device
+    begun = epoch_begun = saved = time.monotonic()
     while True:
+        step, batch = run["step"], None
+        try:
+            batch = {share: next(batches) for share in mine} if step < total else None
+        except UserError as error:
+            trouble = str(error)
         # Between two steps. What one process has met, all act on.
-        signals, due = zip(*gather((stopped[:1], time.monotonic() - saved > 60 * s.save_every)))
-        epoch_ends, stop = done % steps == 0, sum(signals, [])
-        if fresh and (done % 10 == 0 or epoch_ends or stop or due[0]):       # seldom, for the host waits for the device here
-            history += look(fresh, data, f"epoch {(done - 1) // steps + 1}/{s.epochs}  step {done}/{total}",
-                            (time.monotonic() - begun) / (done - first), total - done)
+        signals, due, troubles = zip(*gather((signalled, time.monotonic() - saved > 60 * s.save_every, trouble)))
+        stop, trouble = max(signals), next(filter(None, troubles), None)
+        epoch_ends, to_save = step % steps == 0, step % steps == 0 or stop or trouble or due[0]
+        if fresh and (step % 10 == 0 or to_save):            # seldom, for the host waits for the device here
+            run["records"] += look(fresh, learner.student, data, f"epoch {(step - 1) // steps + 1}/{s.epochs}  step {step}/{total}",
+                                   (time.monotonic() - begun) / (step - first), total - step)
             fresh = []
-        if epoch_ends and history and not stop:
-            best = end_epoch(done, steps, history, best, learner, data, validation, s, device, time.monotonic() - epoch_begun)
-            history, epoch_begun = [], time.monotonic()
-        if epoch_ends or stop or due[0]:                     # at the start, too: from then on the folder holds a run
-            save_state()
+        if epoch_ends and run["records"] and not (stop or trouble):
+            try:
+                together(lambda: end_epoch(step // steps, run, learner, data, validation, device, epoch_begun))
+                epoch_begun = time.monotonic()
+            except UserError as error:                       # a broken picture, say
+                trouble = str(error)
+        if to_save:                                          # at the start, too: from then on the folder holds a run
+            together(save_state)
             saved = time.monotonic()
+        require(not trouble, trouble)
         if stop:
-            tell(f"stopped by {signal.Signals(stop[0]).name} after step {done}, saved; go on with the same command and --resume", last=True)
-            raise SystemExit(128 + stop[0])
-        if done == total:
+            tell(f"stopped by {signal.Signals(stop).name} after step {step}, saved; go on with the same command and --resume", last=True)
+            raise SystemExit(128 + stop)
+        if step == total:
             break
-        batch = together(lambda: {share: next(batches) for share in mine})
         # Through the first epoch with unlabeled images, too, the teacher is the student, as in the released code.
-        teacher_step = done - s.warmup_epochs * steps if done // steps > s.warmup_epochs else 0
-        fresh += train_step(learner, batch, done, teacher_step, s, device)
-        done += 1
+        teacher_step = step - s.warmup_epochs * steps if step // steps > s.warmup_epochs else 0
+        fresh += train_step(learner, batch, step, teacher_step, s, device)
+        run["step"] += 1
     if rank() == 0:
-        plot([out], out / "curves.png")
-        print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes; the teacher's best mIoU is {best:.2f}\n"
+        try:
+            plot([out], out / "curves.png")
+        except UserError as error:                           # no matplotlib
+            print(error)
+        print(f"done in {(time.monotonic() - begun) / 60:.1f} minutes; the teacher's best mIoU is {run['best']:.2f}\n"
               f"{out}: {', '.join(sorted(path.name for path in out.iterdir() if path.name != 'lock'))}\n"
               f"score again with --eval {out / 'best.pt'}, label pictures with --predict FOLDER --checkpoint {out / 'best.pt'} --out MASKS")
 
 
-def end_epoch(done, steps, history, best, learner, data, validation, s, device, seconds):
-    """Evaluate after `done` steps; write the epoch's rows and pictures from its records `history`; returns the best mIoU so far."""
-    epoch, out = done // steps, Path(s.out)
-    miou, begun = math.nan, time.monotonic()
+def end_epoch(epoch, run, learner, data, validation, device, begun):
+    """Evaluate the teacher, where s.eval_every says so; turn the epoch's records into rows and pictures; keep the best checkpoint."""
+    s, out, miou, records = data.s, Path(data.s.out), math.nan, run["records"]
     if epoch % s.eval_every == 0 or epoch == s.epochs:
         miou = 100 * iou_per_class(evaluate(learner.teacher, validation, device)).nanmean().item()
-    if rank() == 0:
-        means = torch.stack([values for _, _, values, _, _ in history]).double().mean(0).tolist()
-        row = {"epoch": epoch, "steps": done, "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
-               "miou": miou, "seconds": seconds + time.monotonic() - begun}
-        gammas = sorted((data.samples[UNLABELED][i].id, g)
-                        for _, _, _, index, gamma in history for i, g in zip(index.tolist(), gamma.tolist()))
-        save_rows(out / "log.csv", list(row), [[f"{v:.6g}" for v in row.values()]])
-        save_rows(out / "hardness.csv", ["epoch", "id", "hardness"], [[epoch, name, f"{g:.6f}"] for name, g in gammas])
-        tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
-        if not math.isnan(miou):
+        if rank() == 0:
             draw_samples(learner.teacher, validation, out / "samples.png")
-            draw_unlabeled(learner.teacher, history, data, out / "unlabeled.png")
-        if miou > best:
-            content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
+            draw_unlabeled(learner.teacher, records, data, out / "unlabeled.png")
+    means = torch.stack([r["measured"] for r in records]).double().mean(0).tolist()
+    row = {"epoch": epoch, "steps": run["step"], "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
+           "miou": miou, "seconds": time.monotonic() - begun}
+    gammas = sorted((data.samples[UNLABELED][i].id, g) for r in records for i, g in zip(r["index"].tolist(), r["gamma"].tolist()))
+    for name, header, rows in (("log.csv", list(row), [[f"{v:.6g}" for v in row.values()]]),
+                               ("hardness.csv", ["epoch", "id", "hardness"], [[epoch, i, f"{g:.6f}"] for i, g in gammas])):
+        lines = io.StringIO()
+        csv.writer(lines, lineterminator="\n").writerows(rows if run[name] else [header, *rows])
+        run[name] += lines.getvalue()
+    tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
+    if miou > run["best"]:                                   # NaN, not evaluated, is not
+        run["best"] = miou
+        content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
+        if rank() == 0:
             save(out / "best.pt", lambda file: torch.save(content, file))
-    return max(best, miou)                                   # in this order NaN, not evaluated, is not better
+    run["records"] = []
 
 
-def look(fresh, data, place, seconds, left):
-    """Show how the run goes; returns the records `fresh` of all processes on the CPU. UserError if a loss is not finite."""
+def look(fresh, student, data, place, seconds, left):
+    """Show how the run goes; returns the records `fresh` of all processes on the CPU. UserError if a loss or a weight is not finite.
+
+    seconds: that a step took; left: steps to go.
+    """
     s = data.s
-    mine = [(step, share, *(x.cpu() for x in tensors)) for step, share, *tensors in fresh]
-    records = sorted(sum(gather(mine), []), key=lambda record: record[:2])                   # by step and share
-    for step, share, values, _, _ in records:
-        if not values.isfinite().all():
-            names = [data.samples[stream][index].id for stream, _, _, index in next(data.keys([share], step))]
-            raise UserError(f"the loss is not finite at step {step}, images {', '.join(names)}: look at these images, or begin again "
-                            f"with a lower --lr and another --out; what was good before is in {Path(s.out) / 'last.pt'}")
-    loss_x, loss_u, gamma = torch.stack([values[:3] for _, _, values, _, _ in records]).mean(0).tolist()
+    fresh = [{name: value.cpu() if torch.is_tensor(value) else value for name, value in record.items()} for record in fresh]
+    records = sorted(sum(gather(fresh), []), key=lambda record: (record["step"], record["share"]))
+    weights = torch.stack([value.isfinite().all() for value in student.state_dict().values()]).all()
+    bad = [record for record in records if not record["measured"].isfinite().all()] + records[-1:] * (not weights)
+    if bad:
+        step, share = bad[0]["step"], bad[0]["share"]
+        names = [data.samples[stream][index].id for stream, _, _, index in data.keys(step, share)]
+        raise UserError(f"the loss or the weights are not finite at step {step}, images {', '.join(names)}: look at these images, or begin "
+                        f"again with a lower --lr and another --out; what was good before is in {Path(s.out) / 'last.pt'}")
+    loss_x, loss_u, gamma = torch.stack([record["measured"][:3] for record in records]).mean(0).tolist()
     tell(f"{place}  loss {loss_x + s.lambda_u * loss_u:.3f}  hardness {gamma:.2f}  {2 * s.batch / seconds:.1f} images/s  "
          f"{datetime.timedelta(seconds=round(seconds * left))} left", last=False)
     return records
@@ -1218,7 +1241,7 @@ def look(fresh, data, place, seconds, left):
 def tell(line, last):
     """Print a line of progress: over the one before on a terminal (until `last`), else at most one in half a minute."""
     if rank() == 0 and sys.stdout.isatty():
-        print(f"\r{line}\x1b[K", end="\n" if last else "", flush=True)
+        print(f"\r{line if last else line[:shutil.get_terminal_size().columns - 1]}\x1b[K", end="\n" if last else "", flush=True)
     elif rank() == 0 and (last or time.monotonic() - tell.time > 30):
         print(line, flush=True)
         tell.time = time.monotonic()
@@ -1251,7 +1274,8 @@ def parse(argv):
 
     on_or_off.__name__, class_or_none.__name__ = "on/off", "class (or none)"
     parser = argparse.ArgumentParser(prog="imas.py", allow_abbrev=False,
-                                     description="Semi-supervised semantic segmentation by iMAS; see the README.")
+                                     description="Semi-supervised semantic segmentation by iMAS; see the README. [in brackets]: "
+                                     "what holds unless the dataset has a value of its own, as the README's table of presets shows.")
     parser.error = fail
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--resume", action="store_true", help="go on with the run in --out where it stopped; begin it if there is none")
@@ -1262,13 +1286,17 @@ def parse(argv):
     parser.add_argument("--checkpoint", metavar="CKPT", help="the network for --predict")
     for field in dataclasses.fields(Settings):
         kind = {bool: on_or_off, int | None: class_or_none}.get(field.type, field.type)
-        default = ("off", "on")[field.default] if field.type is bool else "''" if field.default == "" else field.default
-        parser.add_argument(flag(field.name), type=kind, choices=field.metadata.get("choices"), default=argparse.SUPPRESS,
-                            metavar=field.name.upper(), help=f"{field.metadata['help']} [{default}]")
+        choices, default = field.metadata.get("choices"), ("off", "on")[field.default] if field.type is bool else field.default
+        parser.add_argument(flag(field.name), type=kind, choices=choices, default=argparse.SUPPRESS, help=field.metadata["help"] + (
+            f" [{default}]" if default != "" else ""), metavar=None if choices else "on|off" if field.type is bool else field.name.upper())
     todo = parser.parse_args(argv)
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
     require(todo.checkpoint and "out" in given if todo.predict else not todo.checkpoint,
             "--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
+    for name in ("dataset", "root", "labeled"):              # a path holds wherever it is read again
+        value = given.get(name)
+        if value and value not in PRESETS and not value.isdecimal():
+            given[name] = str(Path(value).resolve())
     checkpoint = todo.checkpoint or todo.eval
     if checkpoint is None:
         base = PRESETS.get(given.get("dataset", "demo"), {})
@@ -1287,7 +1315,7 @@ def parse(argv):
         free = ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root")
         for name, value in given.items():
             require(name in free or value == getattr(begun, name), f"{s.out} was begun with {flag(name)} {getattr(begun, name)}, "
-                    f"not {value}: leave it away, or choose another --out")
+                    f"not {value}: leave it out, or choose another --out")
         s = dataclasses.replace(begun, **given)
     check_settings(s)
     s.workers = min(s.workers, os.cpu_count() or 1)
@@ -1296,12 +1324,11 @@ def parse(argv):
 
 def load_checkpoint(path, *needed):
     """The content of the checkpoint file `path`, a dict; UserError unless it holds settings, a teacher, and all that is `needed`."""
+    require(Path(path).is_file(), f"there is no checkpoint {path}: take a last.pt or best.pt of a run")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         Settings(**content["settings"]), [content[name] for name in ("teacher", *needed)]                # an error unless all are there
         return content
-    except OSError as error:
-        raise UserError(f"cannot open the checkpoint {path}: {error.strerror}") from None
     except Exception:                            # cut off, of another program, a plain state dict
         raise UserError(f"{path} is not a whole checkpoint of this program: take a last.pt or best.pt of one of its runs") from None
 
@@ -1313,10 +1340,8 @@ def load(checkpoint, device="cpu", s=None):
     """
     content = load_checkpoint(checkpoint)
     model = build_model(s or Settings(**content["settings"]))
-    try:
+    with explained(f"{checkpoint} does not fit", "leave --num-classes, --backbone, --width and --aux-weight out"):
         model.load_state_dict(content["teacher"])
-    except RuntimeError:
-        raise UserError(f"{checkpoint} does not fit --num-classes, --backbone, --width or --aux-weight as given: leave them away") from None
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
@@ -1372,7 +1397,8 @@ def predict_pictures(s, patterns, checkpoint, device):
 
 def main(argv=None):
     """Do what the command line `argv` says (None: this process's own). A mistake in it ends in SystemExit(2) after one line."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGCHLD") if hasattr(signal, name)]
+    handlers, children = {number: signal.getsignal(number) for number in signals}, torch.multiprocessing.active_children()
     try:
         s, todo = parse(argv)
         if todo.plot:
@@ -1390,15 +1416,22 @@ def main(argv=None):
     except UserError as error:
         # An error from a loader's worker comes with the worker's traceback in front; the last line is the message.
         if rank() == 0:
-            print("imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
+            print("\n" * sys.stdout.isatty() + "imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
         raise SystemExit(2) from None
+    except torch.OutOfMemoryError as error:      # maybe of one process alone
+        print(f"imas.py: {str(error).splitlines()[0]} Raise --accumulate, or lower --batch or --crop", file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenPipeError:                      # nobody reads on: python imas.py ... | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(141) from None
     except KeyboardInterrupt:                    # outside training, which saves first
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's handler would raise when a loader's worker is ended
-        for worker in torch.multiprocessing.active_children():
+        for worker in set(torch.multiprocessing.active_children()) - set(children):
             worker.kill()
+            worker.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
         if dist.is_initialized():
