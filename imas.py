@@ -15,7 +15,8 @@ A network, the student, learns from a few labeled images and many unlabeled ones
 of the same shape, the teacher, makes up the labels; its weights are the running mean of the student's. Where the two
 still disagree about an image, the image is hard: its labels are not to be trusted, and distorting it further would hurt.
 So every unlabeled image u gets a hardness gamma in [0, 1] (section 4), which steers how strongly u is distorted and with
-which image it is mixed (section 5), and how much it counts in the loss (section 6). Section 8 is the whole algorithm.
+which image it is mixed (section 5), and how much it counts in the loss (section 6). Section 8 is the whole algorithm: begin
+there, go on to sections 4 to 7, and leave the rest, which makes it run, for later.
 
 1 settings · 2 data · 3 model · 4 quantitative hardness · 5 model-adaptive augmentation · 6 losses · 7 mean teacher ·
 8 one training step · 9 evaluation · 10 the run · 11 the command line
@@ -29,6 +30,7 @@ import datetime
 import functools
 import glob
 import io
+import itertools
 import json
 import math
 import os
@@ -63,7 +65,7 @@ HERE = Path(__file__).resolve().parent
 IMAGE_ENDINGS = (".jpg", ".png", ".jpeg", ".JPG", ".PNG", ".JPEG")
 IGNORE = 255                                     # the label of pixels that no loss and no score looks at
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)     # of ImageNet, as torchvision's weights expect
-CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]        # in the order of train_id
+CITYSCAPES = [c for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]     # in the order of train_id
 
 
 class UserError(Exception):
@@ -138,7 +140,7 @@ class Settings:
     weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see train_step); off saves a fifth of the time")
     eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     save_every: float = option(30.0, "minutes between two checkpoints, besides the one after each epoch", low=0.0)
-    workers: int = option(4, "loader processes per training process, at most one a core", low=0)
+    workers: int = option(4, "loader processes per training process; no more are started than there are cores", low=0)
     seed: int = option(0, "of every draw, that of the labeled images by --labeled N too", low=0)
     device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
 
@@ -483,7 +485,7 @@ def dilated_resnet(name, weights, output_stride):
     del net.avgpool, net.fc
     if weights is not None:
         load_backbone(net, name, weights)
-    for stage, plain_stride, grid in ((net.layer3, 16, [1] * 99), (net.layer4, 32, [1, 2, 4])):
+    for stage, plain_stride, grid in ((net.layer3, 16, itertools.repeat(1)), (net.layer4, 32, (1, 2, 4))):
         rate = plain_stride // output_stride
         if rate > 1:
             for block, times in zip(stage.children(), grid):
@@ -502,7 +504,7 @@ def load_backbone(net, name, weights):
             state = torchvision.models.get_model_weights(name).IMAGENET1K_V1.get_state_dict(progress=True, check_hash=True)
         else:
             state = torch.load(weights, map_location="cpu", weights_only=True)
-        missing = net.load_state_dict(state, strict=False).missing_keys      # what is too much, as the classifier, is left
+        missing = net.load_state_dict(state, strict=False).missing_keys   # what is too much, as the classifier, is left
         if missing:
             raise ValueError(f"{missing[0]} is missing")
 
@@ -515,15 +517,15 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
 
     Section "Quantitative hardness analysis" of the paper. With p^s, p^t the two networks' softmax on one image:
 
-        rho(p)      = share of pixels whose highest probability is >= tau
+        rho(p)      = fraction of pixels whose highest probability is >= tau
         IoU_k       = IoU of class k between argmax p^s and argmax p^t; 0 where neither predicts k
-        wIoU(q | r) = sum_k w_k IoU_k,  w_k = share of class k among the pixels that r predicts, `background` left out
+        wIoU(q | r) = sum_k w_k IoU_k,  w_k = fraction of class k among the pixels that r predicts, `background` left out
         gamma       = 1 - 1/2 [ rho(p^s) wIoU(p^t | p^s) + rho(p^t) wIoU(p^s | p^t) ]
 
     student_logits, teacher_logits   float [B, C, H, W], both networks in eval mode and without gradient
     tau                              confidence threshold in [0, 1]
     background                       class left out of w, or None
-    valid                            bool [B, H, W]: pixels that exist; None: all. Shares are shares of these.
+    valid                            bool [B, H, W]: False for padding; rho and w_k are fractions of the valid pixels. None: all True
     Returns float32 [B] in [0, 1], 1 = hardest. (The released code calls 1 - gamma "hardness".) wIoU is 0 where r predicts
     background alone, so gamma is then 1; likewise for an image without a valid pixel. ValueError if shapes disagree.
     """
@@ -532,17 +534,18 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
     B, C = student_logits.shape[:2]
     valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool) if valid is None else valid
 
-    def share_and_label(logits):                                     # -> rho [B], argmax [B, H, W]
+    def rho_and_label(logits):                                       # -> rho [B], argmax [B, H, W]
         top, label = logits.float().max(1)
-        confidence = (top - logits.float().logsumexp(1)).exp()       # the highest probability of the softmax
+        confidence = (top - logits.float().logsumexp(1)).exp()  # the softmax's highest probability, without the softmax
         rho = ((confidence >= tau) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
         return rho, label
 
-    (rho_s, label_s), (rho_t, label_t) = share_and_label(student_logits), share_and_label(teacher_logits)
+    (rho_s, label_s), (rho_t, label_t) = rho_and_label(student_logits), rho_and_label(teacher_logits)
+    # Count the pixels of each (image, teacher's class, student's class): one histogram for the batch.
     image = torch.arange(B, device=valid.device).view(B, 1, 1)
     cell = ((image * C + label_t) * C + label_s).flatten()
     count = torch.zeros(B * C * C, dtype=torch.int64, device=valid.device).scatter_add_(0, cell, valid.flatten().long())
-    count = count.view(B, C, C)                                      # pixels of (image, teacher's class, student's class)
+    count = count.view(B, C, C)
     n_t, n_s, both = count.sum(2), count.sum(1), count.diagonal(dim1=1, dim2=2)          # [B, C] each
     iou = both / (n_t + n_s - both).clamp(min=1)
 
@@ -580,8 +583,8 @@ def pair_hard_easy(gamma):
 def cutmix_boxes(batch, height, width, generator):
     """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner's pixels are pasted.
 
-    All boxes of a batch have one size, v times height and width with v ~ U(0.1, 0.9), rounded down to even; each has its own
-    centre, drawn from [height/16, height) x [width/16, width), and is clipped at the border. generator: torch.Generator of the CPU.
+    All boxes of a batch have one size, v times height and width with v ~ U(0.1, 0.9), rounded down to even. Each has its own
+    centre, drawn from [height/16, height) x [width/16, width), and is clipped at the border. generator: a CPU's.
     """
     v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
 
@@ -674,19 +677,19 @@ MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # w
 
 
 def loss_of_share(learner, images, step, share, s):
-    """The algorithm, Figure 2 of the paper from left to right: the loss L_x + lambda_u L_u of one share of a batch, and its record.
+    """The algorithm, Figure 2 of the paper from left to right: the loss L_x + lambda_u L_u of one share, and its record.
 
     images  item of TrainingShares, on the device
     L_u is the intensity view's consistency loss, or the mean of both views' where CutMix fired.
-    The record is a dict: step, share, measured (the MEASURED, float [5]), index int64 [B] and gamma [B] of the unlabeled images.
-    In the warm-up there are none: then B is 0, and so is all that is measured but loss_x.
+    The record is a dict: step, share, measured (the MEASURED, float [5]), and of the unlabeled images index int64 [B] and
+    gamma [B]. In the warm-up there are none: then B is 0, and so is all that is measured but loss_x.
     """
-    student, model, teacher, device = learner.student, learner.parallel, learner.teacher, images["image"].device
-    views, targets = [normalize(images["image"])], []        # all that the student is to see; what the teacher says of the last views
-    gamma, index, confident, drawn = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64), torch.zeros((), device=device), None
+    student, teacher, device = learner.student, learner.teacher, images["image"].device
+    views, targets = [normalize(images["image"])], []    # what the student is to see; what the teacher says of the last ones
+    gamma, confident, drawn = torch.zeros(0, device=device), torch.zeros((), device=device), None
 
     if "weak" in images:
-        weak, strong, valid, index = normalize(images["weak"]), normalize(images["strong"]), images["valid"], images["index"]
+        weak, strong, valid = normalize(images["weak"]), normalize(images["strong"]), images["valid"]
         # Both networks look at the weak view u; how far they disagree about it is its hardness.
         student.eval()
         with torch.no_grad(), autocast(device):
@@ -696,8 +699,8 @@ def loss_of_share(learner, images, step, share, s):
         confidence, pseudo_label = logits_t.float().softmax(1).max(1)                         # [B, H, W]
         confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
         targets.append({"pseudo_label": pseudo_label, "confidence": confidence, "valid": valid})
-        # No loss looks at the student's output on u. It sees u for BatchNorm's sake, whose running statistics are to fit undistorted
-        # images: those of the hardness above, and of every evaluation.
+        # The student sees u once more although no loss looks at the result: BatchNorm's running statistics are to fit
+        # undistorted images, those of the hardness above and of every evaluation.
         if s.weak_in_batch:
             views.append(weak)
         # The intensity view: strong colours, the less of them the harder the image.
@@ -711,7 +714,7 @@ def loss_of_share(learner, images, step, share, s):
 
     # The student looks at everything at once.
     with autocast(device):
-        output = model(torch.cat(views))
+        output = learner.parallel(torch.cat(views))
     logits, auxiliary = output if s.aux_weight else (output, None)
     label, logits = images["label"].long(), logits.split([len(view) for view in views])
     loss_x = labeled_loss(logits[0], label, s)
@@ -720,22 +723,24 @@ def loss_of_share(learner, images, step, share, s):
     losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in s.adapt else None)
                 for of_view, target in zip(logits[-len(targets):], targets)]
     loss_u = torch.stack(losses_u).mean() if losses_u else torch.zeros_like(loss_x)
+
     fired = torch.full_like(confident, drawn is not None)
     measured = torch.stack([loss_x, loss_u, gamma.sum() / max(len(gamma), 1), confident, fired]).detach()
+    index = images.get("index", gamma.long())                # none without unlabeled images
     return loss_x + s.lambda_u * loss_u, {"step": step, "share": share, "measured": measured, "index": index, "gamma": gamma}
 
 
 def labeled_loss(logits, label, s):
-    """L_x of the settings `s`: OHEM or plain cross entropy."""
-    return ohem_cross_entropy(logits, label, threshold=0.7, min_kept=100_000) if s.ohem else supervised_loss(logits, label)
+    """L_x: plain cross entropy, or OHEM with the paper's constants where the Settings `s` say so."""
+    return ohem_cross_entropy(logits, label, 0.7, min_kept=100_000) if s.ohem else supervised_loss(logits, label)
 
 
 def train_step(learner, batch, step, teacher_step, s, device):
-    """One step: the gradient of the mean of the shares' losses, the student's update, the teacher's. Returns the shares' records.
+    """One step: the gradient of the mean of the shares' losses, the student's update, the teacher's. Returns the records.
 
     batch         {number of the share: item of TrainingShares}, this process's shares of the step
     step          number of the step from 0; seeds CutMix
-    teacher_step  `step` of update_teacher: 0 while the teacher is to be the student, then the steps since the end of the warm-up
+    teacher_step  `step` of update_teacher: 0 while the teacher is to be the student, then steps since the warm-up
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
     records = []
@@ -914,7 +919,7 @@ def build_model(s, weights=None):
 
 def build_learner(s, device, steps, weights="none"):
     """Student, teacher, optimizer and its schedule over `steps` steps, on `device`; `weights` are the backbone's, see Settings."""
-    torch.manual_seed(s.seed)                                # for the first weights, the only use of the global generator
+    torch.manual_seed(s.seed)                              # for the first weights, the only use of the global generator
     student = together(lambda: build_model(s, None if weights == "none" else weights))
     student = student.to(device, memory_format=torch.channels_last).train()
     if world() > 1 and device.type == "cuda":
@@ -922,7 +927,7 @@ def build_learner(s, device, steps, weights="none"):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     parallel = student
     if world() > 1:
-        parallel = nn.parallel.DistributedDataParallel(        # BatchNorm's statistics are shared otherwise, see train_step
+        parallel = nn.parallel.DistributedDataParallel(    # BatchNorm's statistics are shared otherwise, see train_step
             student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     backbone = list(student.backbone.parameters())
     head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
@@ -949,17 +954,19 @@ def save(path, write):
 
 
 def claim(out):
-    """Make the folder `out` this run's own, as long as the file returned is open; UserError if another run is alive in it."""
+    """Make the folder `out` this run's own until `main` ends; UserError if another run is alive in it."""
     with explained(f"cannot use the folder {out}", "choose another --out"):
         out.mkdir(parents=True, exist_ok=True)
-        file = open(out / "lock", "w")
+        claim.file = open(out / "lock", "w")
         with suppress(ImportError):                          # on Windows another run is not noticed
             import fcntl
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(claim.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise UserError(f"another run is alive in {out}: wait for it, or choose another --out") from None
-    return file
+
+
+claim.file = None
 
 
 # Pictures of what happens
@@ -1108,7 +1115,7 @@ def train(s, device, resume):
     holds = gather([name for name in ("last.pt", "best.pt", "settings.json", "log.csv", "hardness.csv") if (out / name).exists()])[0]
     require(found or not holds, f"{out} holds a run already" + (
         ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
-    lock = together(lambda: claim(out) if rank() == 0 else None)             # held as long as this function runs
+    together(lambda: claim(out) if rank() == 0 else None)
     learner = build_learner(s, device, total, "none" if found else s.weights)
     parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
     run = {"step": 0, "best": -1.0, "records": [], "log.csv": "", "hardness.csv": ""}            # with `parts`, all that a step changes
@@ -1293,10 +1300,9 @@ def parse(argv):
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
     require(todo.checkpoint and "out" in given if todo.predict else not todo.checkpoint,
             "--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
-    for name in ("dataset", "root", "labeled"):              # a path holds wherever it is read again
-        value = given.get(name)
-        if value and value not in PRESETS and not value.isdecimal():
-            given[name] = str(Path(value).resolve())
+    for name in {"dataset", "root", "labeled"} & set(given):                 # a path is to hold wherever it is read again
+        value, no_path = given[name], {"dataset": given[name] in PRESETS, "labeled": given[name].isdecimal()}
+        given[name] = value if not value or no_path.get(name) else str(Path(value).resolve())
     checkpoint = todo.checkpoint or todo.eval
     if checkpoint is None:
         base = PRESETS.get(given.get("dataset", "demo"), {})
@@ -1428,12 +1434,14 @@ def main(argv=None):
         raise SystemExit(128 + signal.SIGINT) from None
     finally:
         if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)    # torch's handler would raise when a loader's worker is ended
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise when a loader's worker is ended
         for worker in set(torch.multiprocessing.active_children()) - set(children):
             worker.kill()
             worker.join()
         for number, handler in handlers.items():
             signal.signal(number, handler)
+        if claim.file:
+            claim.file.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 

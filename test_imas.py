@@ -528,12 +528,11 @@ def test_lists_may_hold_ids_or_paths(voc):
     s = settings(root=str(voc), batch=2, num_classes=21, labeled="4")
     plain = imas.find_data(s)
     for pattern in ("JPEGImages/{0}.jpg SegmentationClass/{0}.png", "/JPEGImages/{0}.jpg /SegmentationClassAug/{0}.png", "JPEGImages/{0}.jpg", "{0}.png",
-                    "./JPEGImages/{0}.jpg", "./{0}"):
+                    "./JPEGImages/{0}.jpg", "./{0}", "JPEGImages/{0}.JPG\tSegmentationClass/{0}.PNG"):
         for path in (voc / "ImageSets/Segmentation").iterdir():
-            ids = [i for i in imas.read_ids(path) if " " not in i]
-            path.write_text("".join(pattern.format(i) + "\n" for i in ids))
-        found = imas.find_data(s)
-        assert [sorted(x for x in part if " " not in x.id) for part in plain[:3]] == [sorted(part) for part in found[:3]]
+            path.write_text("".join(pattern.format(i) + "\n" for i in imas.read_ids(path)))
+        assert "cat and dog.v2" in imas.read_ids(voc / "ImageSets/Segmentation/train_aug.txt")           # a space and a dot
+        assert plain[:3] == imas.find_data(s)[:3]
 
 
 def test_grey_pictures_and_masks_of_one_bit(tmp_path):
@@ -729,7 +728,7 @@ def test_import_does_nothing():
     assert done.stdout == "quiet\n", done.stderr
 
 
-def test_demo_is_drawn_the_same_every_time(tmp_path):
+def test_demo_is_drawn_the_same_every_time(tmp_path, capsys):
     drawn = []
     for name in ("a", "b"):
         runpy.run_path(str(PREPARE))["demo"](tmp_path / name)
@@ -737,6 +736,9 @@ def test_demo_is_drawn_the_same_every_time(tmp_path):
         drawn.append({p.relative_to(tmp_path / name): hashlib.sha256(p.read_bytes()).hexdigest() for p in files})
     assert drawn[0] == drawn[1] and len(drawn[0]) == 2 * 244 + 2
     assert len(set(drawn[0].values())) > 480                 # and no scene like another
+    (tmp_path / "a/thesis.tex").write_text("years of work")
+    assert runpy.run_path(str(PREPARE))["main"](["demo", "--root", str(tmp_path / "a")]) == 2            # what stands there stays
+    assert (tmp_path / "a/thesis.tex").exists() and "there already" in capsys.readouterr().err
     labeled, unlabeled, validation, _ = imas.find_data(settings(root=str(tmp_path / "a")))
     classes = set(np.concatenate([np.unique(imas.read_mask(x, 6)) for x in labeled + validation]))
     assert (len(labeled), len(unlabeled), len(validation), classes) == (16, 128, 100, set(range(6)))
@@ -1129,6 +1131,9 @@ def test_curves_are_the_rows_of_the_run(voc, tmp_path, monkeypatch, capsys, shar
         told = capsys.readouterr().out
         assert "pip install matplotlib" in told and "curves.png" not in told and not (tmp_path / name / "curves.png").exists()
         assert all(file.name in told for file in (tmp_path / name).iterdir() if file.name != "lock")
+    with pytest.raises(SystemExit) as stop:
+        imas.main(["--plot", str(tmp_path / "a")])
+    assert stop.value.code == 2 and "pip install matplotlib" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "matplotlib.figure", type(sys)("figure"))
     sys.modules["matplotlib.figure"].Figure = Drawing
     imas.main(["--plot", str(tmp_path / "a")])
@@ -1342,6 +1347,39 @@ def test_infinite_loss_names_step_images_and_checkpoint(voc, tmp_path, capsys):
             assert all(v.isfinite().all() for v in torch.load(out / "last.pt")["student"].values())
 
 
+def test_weights_that_are_not_finite_are_never_saved(voc, tmp_path, capsys, monkeypatch):
+    """The only step's loss is finite, and what its update leaves is not."""
+    def overflow(learner, *more, step=imas.train_step):
+        records = step(learner, *more)
+        learner.student.decoder[-1].bias.data[3] = math.inf
+        return records
+
+    monkeypatch.setattr(imas, "train_step", overflow)
+    with pytest.raises(SystemExit) as stop:
+        imas.main(command(voc, tmp_path / "run", "--batch", "8", "--epochs", "1"))
+    assert stop.value.code == 2 and "weights are not finite at step 0" in capsys.readouterr().err
+    state = torch.load(tmp_path / "run/last.pt")
+    assert state["step"] == 0 and all(v.isfinite().all() for v in state["student"].values()) and not (tmp_path / "run/best.pt").exists()
+
+
+def test_picture_that_breaks_a_run_costs_nothing(voc, tmp_path, capsys):
+    """A mask that only the evaluation finds wrong, an image that only the training finds broken: mend it, and go on from there."""
+    imas.main(command(voc, tmp_path / "straight", "--epochs", "3", "--seed", "1"))
+    for path, out in ((voc / "SegmentationClass/val_1.png", "a"), (voc / "JPEGImages/2007_000007.jpg", "b")):
+        whole = path.read_bytes()
+        if out == "a":
+            Image.new("L", Image.open(path).size, 77).save(path)
+        else:
+            path.write_bytes(whole[:-400])
+        with pytest.raises(SystemExit) as stop:
+            imas.main(command(voc, tmp_path / out, "--epochs", "3", "--seed", "1"))
+        assert stop.value.code == 2 and path.name in capsys.readouterr().err
+        assert out == "b" or torch.load(tmp_path / out / "last.pt")["step"] == 2             # the first epoch's two steps
+        path.write_bytes(whole)
+        imas.main(command(voc, tmp_path / out, "--epochs", "3", "--seed", "1", "--resume"))
+        same_runs(tmp_path / "straight", tmp_path / out)
+
+
 FULL_DISK = """
 import resource, sys, imas
 resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
@@ -1530,6 +1568,8 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "masks into a file": (network, "--predict {r}/JPEGImages --checkpoint {r}/x.pt --out {r}/x.pt", ["cannot write", "x.pt", "--out"]),
     "two masks of one name, one without ending": (lambda r: (network(r), shutil.copy(r / "JPEGImages/val_1.jpg", r / "JPEGImages/val_1")),
                                                   "--predict {r}/JPEGImages --checkpoint {r}/x.pt", ["val_1.png is there already", "1 of 17 files", "--out"]),
+    "dataset mistyped": (None, "--dataset VOC --num-classes 0", ["--num-classes is missing", "voc, cityscapes, camvid, demo", "VOC"]),
+    "device of no use": (None, "--device meta", ["--device meta", "cpu, cuda"]),
     "class names": (None, "--class-names cat,dog", ["cat,dog", "2 names for 21 classes"]),
     "log without rows": (lambda r: [write(name, b"")(r) for name in ("log.csv", "hardness.csv")][:0] or write("log.csv", b"epoch\n1\n")(r), "--plot {r}", ["no run"]),
     "no run to plot": (None, "--plot {r}", ["--plot", "log.csv", "no run"]),
@@ -1571,6 +1611,91 @@ def test_fault_met_by_a_worker_is_one_line_too(voc, tmp_path):
         lines = [line for line in done.stderr.splitlines() if line.startswith("imas.py: ")]
         assert done.returncode == (2 if processes == 1 else 1) and len(lines) == 1 and "cannot decode" in lines[0], done.stderr
         assert processes == 2 or done.stderr.count("\n") == 1
+
+
+def test_out_of_memory_is_one_line_with_the_remedy(voc, tmp_path, capsys, monkeypatch):
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much.")
+
+    monkeypatch.setattr(imas, "train_step", too_large)
+    with pytest.raises(SystemExit) as stop:
+        imas.main(command(voc, tmp_path / "run"))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and "out of memory" in line and "--accumulate" in line
+
+
+def test_processes_without_torchrun_are_one_line(voc, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("RANK", raising=False)
+    with pytest.raises(SystemExit) as stop:
+        imas.main(command(voc, tmp_path / "run"))
+    line = capsys.readouterr().err
+    assert stop.value.code == 2 and line.count("\n") == 1 and "torchrun" in line
+
+
+def test_reader_that_goes_away_ends_the_run_quietly(voc, tmp_path):
+    running = subprocess.Popen([sys.executable, str(HERE / "imas.py"), *command(voc, tmp_path / "run", "--epochs", "400")],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert running.stdout.readline()
+    running.stdout.close()                                   # as head does
+    assert running.wait(timeout=120) == 141 and running.stderr.read() == ""
+    running.stderr.close()
+
+
+def test_progress_fits_the_terminal_and_errors_begin_a_line(voc, tmp_path):
+    import fcntl
+    import pty
+    import struct
+    import termios
+    main, side = pty.openpty()
+    fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 50, 0, 0))
+    Image.new("L", Image.open(voc / "SegmentationClass/val_1.png").size, 77).save(voc / "SegmentationClass/val_1.png")
+    environment = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "LINES")}
+    running = subprocess.Popen([sys.executable, str(HERE / "imas.py"), *command(voc, tmp_path / "run")], stdout=side, stderr=side, env=environment)
+    os.close(side)
+    told = b""
+    with pytest.raises(OSError):                             # the end, on Linux
+        while True:
+            told += os.read(main, 1000)
+    os.close(main)
+    assert running.wait() == 2
+    progress = [part.split("\x1b[K")[0] for part in told.decode().split("\r") if "\x1b[K" in part]
+    assert progress and all(len(line) < 50 for line in progress) and progress[0].startswith("epoch 1/2  step 2/4  loss")
+    assert [line for line in told.decode().splitlines() if line][-1].startswith("imas.py: the mask")
+
+
+def test_caller_keeps_its_children_and_handlers(voc, tmp_path):
+    code = ("import multiprocessing, signal, sys, time, imas\n"
+            "if __name__ == '__main__':\n"
+            "    child = multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)); child.start()\n"
+            "    own = lambda *a: None; signal.signal(signal.SIGCHLD, own)\n"
+            "    try: imas.main(sys.argv[1:])\n"
+            "    except SystemExit as stop: print(stop.code)\n"
+            "    print(child.is_alive(), signal.getsignal(signal.SIGCHLD) is own, len(multiprocessing.active_children())); child.kill()\n")
+    (tmp_path / "caller.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\n" + code)
+    (voc / "JPEGImages/2007_000007.jpg").write_bytes((voc / "JPEGImages/2007_000007.jpg").read_bytes()[:-400])
+    done = launch(command(voc, tmp_path / "run", "--workers", "2"), script=tmp_path / "caller.py")
+    assert done.stdout.splitlines()[-2:] == ["2", "True True 1"], done.stdout + done.stderr
+
+
+def test_help_names_every_flag_and_choice(capsys):
+    with pytest.raises(SystemExit) as stop:
+        imas.main(["--help"])
+    told = capsys.readouterr().out
+    assert stop.value.code == 0 and "{resnet8,resnet18,resnet34,resnet50,resnet101}" in told and "--ohem on|off" in told
+    assert all(f"--{field.name.replace('_', '-')} " in told for field in dataclasses.fields(imas.Settings))
+
+
+def test_relative_paths_hold_wherever_they_are_read_again(voc, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.txt").write_text("2007_000000\n2007_000001\n")
+    flags = ["--dataset", "voc", "--root", "voc", "--num-classes", "21", "--labeled", "mine.txt", "--out", str(tmp_path / "run"), *SMALL]
+    imas.main(flags)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    imas.main(["--eval", str(tmp_path / "run/last.pt"), "--device", "cpu"])
+    flags[3], flags[7] = "../voc", "../mine.txt"
+    imas.main([*flags, "--resume"])
 
 
 def test_run_is_not_overwritten(voc, tmp_path, capsys):

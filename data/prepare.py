@@ -83,6 +83,8 @@ def download(url, path, md5=None):
 def unpack(archive, folder):
     """Unpack the tar file `archive` into the new folder `folder`, nothing of it outside."""
     shutil.rmtree(folder, ignore_errors=True)
+    if not hasattr(tarfile, "data_filter"):
+        raise PrepareError("this Python cannot unpack safely: take 3.10.12, 3.11.4, 3.12 or newer")
     print(f"unpacking {archive.name} ...")
     try:
         with tarfile.open(archive) as tar:
@@ -120,8 +122,8 @@ def voc(root, blended=False):
         download(VOC, root / Path(VOC).name, VOC_MD5)
         unpack(root / Path(VOC).name, root / "unpacked")
         for folder in ("ImageSets", "SegmentationClass", "JPEGImages"):
-            shutil.rmtree(root / folder, ignore_errors=True)
-            os.replace(root / "unpacked" / "VOCdevkit" / "VOC2012" / folder, root / folder)
+            if not (root / folder).exists():
+                os.replace(root / "unpacked" / "VOCdevkit" / "VOC2012" / folder, root / folder)
         shutil.rmtree(root / "unpacked")
     if blended:
         lists = root / "ImageSets" / "Segmentation"
@@ -252,8 +254,9 @@ def palette(classes=256):
 
 def demo(root=DATA / "demo"):
     """Draw the demo dataset into `root`: the same pixels on every machine; the folder appears whole or not at all."""
-    root, new = Path(root), Path(f"{root}.new")
-    shutil.rmtree(new, ignore_errors=True)
+    root, new = Path(root), Path(f"{root}.{os.getpid()}.new")
+    if root.exists():
+        raise PrepareError(f"{root} is there already: remove it to draw it anew, or choose another --root")
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (new / folder).mkdir(parents=True)
     for split, count in (("train", TRAIN), ("val", VAL)):
@@ -265,8 +268,10 @@ def demo(root=DATA / "demo"):
             mask.putpalette(palette())
             mask.save(new / "SegmentationClass" / f"{name}.png")
         (new / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n")
-    shutil.rmtree(root, ignore_errors=True)
-    os.replace(new, root)
+    try:
+        os.replace(new, root)
+    except OSError:                                          # another process was faster, with the same pixels
+        shutil.rmtree(new)
     print(f"drew {TRAIN} training and {VAL} validation scenes, classes {', '.join(DEMO_CLASSES)}: {root}")
 
 
