@@ -145,8 +145,8 @@ class Settings:
     device: str = option("", "cpu, cuda, cuda:1, mps (default: the best there is)")
 
     def __post_init__(self):
-        if self.method == "uniform":
-            self.adapt = "none"
+        self.adapt = "none" if self.method == "uniform" else self.adapt
+        self.class_names = self.class_names or ",".join(f"class {k}" for k in range(self.num_classes))
 
 
 PRESETS = {
@@ -178,7 +178,7 @@ def check_settings(s):
     require(parts == {"none"} or parts <= {"intensity", "cutmix", "loss"}, f"--adapt {s.adapt}: choose among intensity,cutmix,loss; or none")
     require(s.background is None or 0 <= s.background < s.num_classes,
             f"--background {s.background}: a class from 0 to {s.num_classes - 1}, or none")
-    require(not s.class_names or len(names) == s.num_classes, f"--class-names {s.class_names}: {len(names)} names for {s.num_classes} classes")
+    require(len(names) == s.num_classes, f"--class-names {s.class_names}: {len(names)} names for {s.num_classes} classes")
     require(s.min_scale <= s.max_scale, f"--min-scale {s.min_scale} is above --max-scale {s.max_scale}")
     require(s.warmup_epochs <= s.epochs, f"--warmup-epochs {s.warmup_epochs} is more than --epochs {s.epochs}")
 
@@ -971,11 +971,6 @@ claim.file = None
 
 # Pictures of what happens
 
-def class_names(s):
-    """The names of the classes, from 0 on."""
-    return s.class_names.split(",") if s.class_names else [f"class {k}" for k in range(s.num_classes)]
-
-
 def class_colours(s):
     """[(r, g, b), ...]: Cityscapes' own; Okabe's and Ito's, which the colour-blind can tell apart, for up to 8 classes; else VOC's."""
     if s.dataset == "cityscapes":
@@ -998,7 +993,7 @@ def save_sheet(path, rows, titles, s):
     width, height = 200, min(max(round(200 * first.height / first.width), 60), 400)
     fitted = [pil_to_tensor(ImageOps.pad(p.convert("RGB"), (width, height), Image.Resampling.BOX, "white")) for _, row in rows for p in row]
     grid = to_pil_image(make_grid(torch.stack(fitted), len(titles), padding=4, pad_value=255))
-    legend = [*zip(class_names(s), class_colours(s)), ("ignored", "white")]
+    legend = [*zip(s.class_names.split(","), class_colours(s)), ("ignored", "white")]
     step = 30 + int(max(font.getlength(name) for name, _ in legend))
     per_line = max(grid.width // step, 1)
     page = ImageOps.expand(grid, (0, 20, 0, 4 + 20 * -(-len(legend) // per_line)), "white")
@@ -1359,7 +1354,7 @@ def score(s, checkpoint, device):
         iou = 100 * iou_per_class(confusion)
         result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": iou.nanmean().item(),
                   "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
-                  "classes": [{"name": name, "iou": None if v != v else v} for name, v in zip(class_names(s), iou.tolist())]}
+                  "classes": [{"name": name, "iou": None if v != v else v} for name, v in zip(s.class_names.split(","), iou.tolist())]}
         for k, entry in enumerate(result["classes"]):
             print(f"{k:3d}  {entry['name']:20}" + ("   in no picture" if entry["iou"] is None else f"  IoU {entry['iou']:6.2f}"))
         print(f"mIoU {result['miou']:.2f}  pixel accuracy {result['pixel_accuracy']:.2f}  ({len(samples)} images)")

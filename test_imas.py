@@ -593,7 +593,7 @@ def test_uniform_is_imas_that_adapts_nothing(voc, tmp_path, sharp):
                                             ({"method": "uniform"}, True), ({"weak_in_batch": False}, True), ({"ohem": True, "aux_weight": 0.4}, False)])
 def test_step_is_the_algorithm(changes, fires, voc):
     """One step against the algorithm written down again, image by image and pixel by pixel: losses, gradients, teacher."""
-    s = settings(dataset="voc", root=str(voc), labeled="4", num_classes=21, crop=33, base_size=50, batch=4, width=8, tau=0.055,
+    s = settings(dataset="voc", root=str(voc), labeled="4", num_classes=21, crop=33, base_size=30, batch=4, width=8, tau=0.055,
                  warmup_epochs=0, **changes)
     labeled, unlabeled, *_ = imas.find_data(s)
     learner = imas.build_learner(s, torch.device("cpu"), 10)
@@ -612,7 +612,7 @@ def test_step_is_the_algorithm(changes, fires, voc):
     with torch.no_grad():
         logits_s, logits_t = student(weak), learner.teacher(weak)
     gamma = [hardness_by_loops(logits_s[i].numpy(), logits_t[i].numpy(), s.tau, 0, valid[i]) for i in range(4)]
-    assert len(set(gamma)) == 4 and min(gamma) < 0.95        # else nothing below would tell right from wrong
+    assert len(set(gamma)) == 4 and min(gamma) < 0.95 and 0.1 < valid.float().mean() < 0.9           # or nothing below told right from wrong
     confidence, pseudo_label = logits_t.softmax(1).max(1)
     views = [normal["image"]] + [weak] * s.weak_in_batch
     views.append(torch.stack([(1 - g) * b + g * a if "intensity" in adapt else b for a, b, g in zip(weak, strong, gamma)]))
@@ -629,6 +629,7 @@ def test_step_is_the_algorithm(changes, fires, voc):
         for i, y, x in box.nonzero().tolist():
             for into, source in zip(mixed, (weak, pseudo_label, confidence, valid)):
                 into[i, ..., y, x] = source[partner[i], ..., y, x]
+        assert not torch.equal(mixed[3], valid)              # padding was pasted, or pasted over
         views.append(mixed[0])
         targets.append(mixed[1:])
 
