@@ -1095,16 +1095,14 @@ def plot(runs, path):
     print(f"curves of {len(runs)} run(s): {path}")
 
 
-def train(s, device, resume):
-    """Train by the Settings `s`, from the start or from where the run in the folder s.out stopped."""
-    shares, mine = world() * s.accumulate, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
-    require(s.batch % shares == 0 and s.batch >= 2 * shares,
-            f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
-    labeled, unlabeled, validation, note = together(lambda: find_data(s))
-    ids, steps = [sample.id for sample in labeled + unlabeled], len(unlabeled) // s.batch        # steps: of an epoch
-    total, data = s.epochs * steps, TrainingShares(labeled, unlabeled, shares, s)
+TRAINED = ("student", "teacher", "optimizer", "schedule", "scaler")          # what a checkpoint holds of a Learner
 
-    # The folder is a new one, or this very run's.
+
+def open_run(s, device, resume, total, shares, ids):
+    """The learner, and the rest of a run's state, a dict: new, or as the run in the folder s.out left them where `resume` finds one.
+
+    total: steps of the run; shares: a step's; ids: the training images'. UserError unless the folder is free, or this very run's.
+    """
     out, last = Path(s.out), Path(s.out, "last.pt")
     found = gather(resume and last.exists())[0]              # as process 0 sees it
     holds = gather([name for name in ("last.pt", "best.pt", "settings.json", "log.csv", "hardness.csv") if (out / name).exists()])[0]
@@ -1112,25 +1110,39 @@ def train(s, device, resume):
         ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
     together(lambda: claim(out) if rank() == 0 else None)
     learner = build_learner(s, device, total, "none" if found else s.weights)
-    parts = {name: part for name, part in learner._asdict().items() if name != "parallel"}
-    run = {"step": 0, "best": -1.0, "records": [], "log.csv": "", "hardness.csv": ""}            # with `parts`, all that a step changes
+    run = {"shares": shares, "ids": ids, "step": 0, "best": -1.0, "records": [], "log.csv": "", "hardness.csv": ""}
     if found:
-        state = together(lambda: load_checkpoint(last, "shares", "ids", *run, *parts))
+        state = together(lambda: load_checkpoint(last, *run, *TRAINED))
         require(state["shares"] == shares,
                 f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
         require(state["ids"] == ids,
                 f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
         run = {name: state[name] for name in run}
-        for name in filter(state.get, parts):                # a GradScaler that is not needed has an empty state
-            parts[name].load_state_dict(state[name])
+        for name in filter(state.get, TRAINED):              # a GradScaler that is not needed has an empty state
+            getattr(learner, name).load_state_dict(state[name])
+    return learner, run
 
-    def save_state():
-        if rank() == 0:
-            state = {"settings": dataclasses.asdict(s), "shares": shares, "ids": ids, **run}
-            save(last, lambda file: torch.save(state | {name: part.state_dict() for name, part in parts.items()}, file))
-            save(out / "settings.json", lambda file: file.write_text(json.dumps(state["settings"] | {"shares": shares}, indent=1) + "\n"))
-            for name in filter(run.get, ("log.csv", "hardness.csv")):
-                save(out / name, lambda file: file.write_text(run[name], encoding="utf-8"))
+
+def save_run(s, learner, run):
+    """Process 0 writes the checkpoint last.pt, settings.json and the tables."""
+    if rank() == 0:
+        out, settings = Path(s.out), dataclasses.asdict(s)
+        state = {"settings": settings, **run, **{name: getattr(learner, name).state_dict() for name in TRAINED}}
+        save(out / "last.pt", lambda file: torch.save(state, file))
+        save(out / "settings.json", lambda file: file.write_text(json.dumps(settings | {"shares": run["shares"]}, indent=1) + "\n"))
+        for name in filter(run.get, ("log.csv", "hardness.csv")):
+            save(out / name, lambda file: file.write_text(run[name], encoding="utf-8"))
+
+
+def train(s, device, resume):
+    """Train by the Settings `s`, from the start or from where the run in the folder s.out stopped."""
+    shares, mine = world() * s.accumulate, range(rank() * s.accumulate, (rank() + 1) * s.accumulate)
+    require(s.batch % shares == 0 and s.batch >= 2 * shares,
+            f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
+    labeled, unlabeled, validation, note = together(lambda: find_data(s))
+    steps, out = len(unlabeled) // s.batch, Path(s.out)      # of an epoch
+    total, data = s.epochs * steps, TrainingShares(labeled, unlabeled, shares, s)
+    learner, run = open_run(s, device, resume, total, shares, [sample.id for sample in labeled + unlabeled])
 
     def on_signal(number, frame):
         nonlocal signalled
@@ -1171,7 +1183,7 @@ def train(s, device, resume):
             except UserError as error:                       # a broken picture, say
                 trouble = str(error)
         if to_save:                                          # at the start, too: from then on the folder holds a run
-            together(save_state)
+            together(lambda: save_run(s, learner, run))
             saved = time.monotonic()
         require(not trouble, trouble)
         if stop:
