@@ -109,7 +109,7 @@ class Settings:
     root: str = option("", "folder of the data (default: data/DATASET beside imas.py)")
     out: str = option("", "folder of the run (default: runs/DATASET-LABELED-METHOD-SEED)")
     labeled: str = option("", "how many images keep their labels, or a file with their ids, one a line")
-    method: str = option("imas", "uniform: the same views without hardness; supervised: labeled images alone, twice as many a step",
+    method: str = option("imas", "uniform: the views without hardness; supervised: labeled images alone, twice as many a step",
                          choices=("imas", "uniform", "supervised"))
     adapt: str = option("intensity,cutmix,loss", "which parts follow hardness: any of these three, or none (for ablations)")
     num_classes: int = option(0, "classes in the masks, the background included; 255 is ignored", low=2, high=255)
@@ -122,11 +122,11 @@ class Settings:
     base_size: int = option(0, "long side in pixels before scaling, in training; 0: each image's own", low=0)
     min_scale: float = option(0.5, "weak augmentation scales by a factor from here ...", low=0.01)
     max_scale: float = option(2.0, "... to here", low=0.01)
-    crop: int = option(513, "side of the square training crop in pixels; a multiple of the output stride plus 1 fits align_corners", low=16, high=8192)
+    crop: int = option(513, "side of the square training crop in pixels; fits best as a multiple of the output stride, plus 1", low=16, high=8192)
     batch: int = option(16, "labeled images a step, and as many unlabeled, over all processes", low=2)
-    accumulate: int = option(1, "cut each process's part of the batch into this many shares; raise it when memory runs out", low=1)
+    accumulate: int = option(1, "cut each process's part of the batch into so many shares; raise it when memory runs out", low=1)
     epochs: int = option(80, "passes over the unlabeled images, the warm-up's included", low=1)
-    warmup_epochs: int = option(0, "supervised epochs before the teacher starts; a network without pretrained weights needs a few", low=0)
+    warmup_epochs: int = option(0, "supervised epochs before the teacher starts; without pretrained weights take a few", low=0)
     lr: float = option(0.001, "learning rate of the backbone at the start; follows (1 - step/steps)^0.9", low=0.0)
     head_lr: float = option(10.0, "the learning rate of all but the backbone is this many times lr", low=0.0)
     momentum: float = option(0.9, "of SGD", low=0.0, high=1.0)
@@ -199,8 +199,8 @@ def read_ids(path):
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     ids = {}
     for number, line in enumerate(map(str.strip, lines), 1):
-        name = Path(re.sub(r"(\.(jpe?g|png))\s.*\.png$", r"\1", line, flags=re.IGNORECASE)).as_posix()           # less the mask's path
-        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", name, flags=re.IGNORECASE)
+        image = re.sub(r"(\.(jpe?g|png))\s.*\.png$", r"\1", line, flags=re.IGNORECASE)               # less the mask's path
+        name = re.sub(r"^/?(JPEGImages|leftImg8bit)/|(_leftImg8bit)?(\.(jpe?g|png))?$", "", Path(image).as_posix(), flags=re.IGNORECASE)
         place = f"{path}, line {number}: '{line}'"
         require(not Path(name).is_absolute() and ".." not in Path(name).parts, f"{place} leads out of the dataset's folder")
         require(name not in ids, f"{place} stands there a second time, remove one")
@@ -298,7 +298,7 @@ def find_samples(s, ids, with_masks):
 
 
 def read_image(path):
-    """The picture in the file `path` as a PIL image in RGB, turned as its camera says; a PNG, whose header says nothing of it, as it is."""
+    """The picture in the file `path` as a PIL image in RGB, turned as its camera says (a PNG, whose header need not say, as it is)."""
     with explained(f"cannot decode {path}", "replace it, or leave it out"), Image.open(path) as image:
         if image.mode[0] in "IF":                            # 16 or 32 bits, whose range Pillow does not convert
             raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
@@ -368,7 +368,7 @@ LABELED, UNLABELED = 1, 2                                    # streams of random
 
 
 class TrainingShares:
-    """The training images as shares of batches, `shares` of them a step: an item is a share, its key a list with one key an image.
+    """The training images as shares of batches, `shares` of them a step. An item is a share; its key is a list of images' keys.
 
     An image's key, (stream, epoch, position, index), says all that it depends on: its draws come from a generator seeded
     by (seed, epoch, stream, position), so that neither the number of workers nor a stop in between changes a pixel.
@@ -1020,7 +1020,7 @@ def draw_samples(model, samples, path):
 
 
 def draw_unlabeled(model, records, data, path):
-    """Write a sheet of an epoch's two easiest and two hardest unlabeled images: the views as training made them, the teacher as it is now.
+    """Write a sheet of an epoch's two easiest and two hardest unlabeled images: training's views of them, the teacher as it is now.
 
     records: the epoch's, from which the views' draws follow. Of an epoch in which CutMix fired, images of those shares alone.
     """
@@ -1206,7 +1206,7 @@ def train(s, device, resume):
 
 
 def end_epoch(epoch, run, learner, data, validation, device, begun):
-    """Evaluate the teacher, where s.eval_every says so; turn the epoch's records into rows and pictures; keep the best checkpoint."""
+    """Evaluate the teacher, where s.eval_every says so; turn the epoch's records into rows and pictures; keep best.pt."""
     s, out, miou, records = data.s, Path(data.s.out), math.nan, run["records"]
     if epoch % s.eval_every == 0 or epoch == s.epochs:
         miou = 100 * iou_per_class(evaluate(learner.teacher, validation, device)).nanmean().item()
@@ -1265,7 +1265,7 @@ tell.time = 0.0
 
 
 def leave_signals_to_parent(worker):
-    """In a loader's worker: Ctrl-C and torchrun's SIGTERM reach all processes; its parent acts on them, and ends it in `main`."""
+    """In a loader's worker: ignore Ctrl-C and torchrun's SIGTERM, which reach all processes. `main` ends the workers."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, signal.SIG_IGN)
 
@@ -1347,9 +1347,9 @@ def load_checkpoint(path, *needed):
 
 
 def load(checkpoint, device="cpu", s=None):
-    """The teacher in the file `checkpoint`, in eval mode on `device`, ready for `predict`; its attribute `settings` are the run's, or `s`.
+    """The teacher in the file `checkpoint`, in eval mode on `device`, ready for `predict`.
 
-    UserError if the file is no checkpoint, or does not fit the Settings `s`.
+    Its attribute `settings` are the run's, or `s`. UserError if the file is no checkpoint, or does not fit the Settings `s`.
     """
     content = load_checkpoint(checkpoint)
     model = build_model(s or Settings(**content["settings"]))
@@ -1377,17 +1377,16 @@ def find_pictures(patterns):
     """The files that `patterns` (files, folders, glob patterns) name, each once and in order."""
     pictures = {}
     for pattern in patterns:
-        path, found = Path(pattern), []
-        with suppress(OSError):                              # a folder that may not be read is as good as empty
-            found = [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else map(Path, glob.glob(pattern, recursive=True)))
-        found = [p for p in found if p.is_file() and (p == path or not p.name.startswith("."))]
+        as_it_is = glob.escape(pattern)                      # brackets may be part of a name; hidden files are left out
+        names = glob.glob(as_it_is + "/*") or glob.glob(as_it_is) or glob.glob(pattern, recursive=True)
+        found = [path for path in map(Path, sorted(names)) if path.is_file()]
         require(found, f"--predict {pattern}: there is no such file, and no file in it")
-        pictures |= {p.resolve(): p for p in found}
+        pictures |= {path.resolve(): path for path in found}
     return list(pictures.values())
 
 
 def predict_pictures(s, patterns, checkpoint, device):
-    """Write a palette mask, the class index stored, and an overlay for each picture; UserError at the end if some could not be done."""
+    """Write a mask and an overlay for each picture; UserError at the end if some could not be done."""
     model, pictures, faults = load(checkpoint, device, s), find_pictures(patterns), []
     for done, path in enumerate(pictures, 1):
         mask, overlay = (Path(s.out, path.stem + end) for end in (".png", "_overlay.png"))
