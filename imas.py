@@ -40,6 +40,7 @@ import shutil
 import signal
 import sys
 import time
+import warnings
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,7 +88,7 @@ def explained(what, advice):
         raise
     except Exception as error:                   # Pillow and torch raise errors of many kinds for a broken file
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise UserError(f"{what} ({reason.splitlines()[0]}): {advice}") from None
+        raise UserError(f"{what} ({reason.splitlines()[0][:200]}): {advice}") from None
 
 
 def some_of(things):
@@ -260,7 +261,8 @@ def find_data(s):
     both = sorted({v.id for v in validation} & {*pool, *labeled})
     require(not both, f"{len(both)} ids are in val and among the training images too ({some_of(both)}): remove them from one side")
     unlabeled = sorted(set(pool) - set(labeled))
-    require(len(unlabeled) >= s.batch,
+    counts = labeled if s.method == "supervised" and not unlabeled else unlabeled            # the fully supervised run
+    require(len(counts) >= s.batch,
             f"{len(unlabeled)} unlabeled images are left in {path}, a step takes {s.batch}: lower --labeled or --batch")
     return find_samples(s, labeled, True), find_samples(s, unlabeled, False), validation, note
 
@@ -269,7 +271,7 @@ def find_validation(s):
     """The images of the validation set: a list of Sample."""
     folder = data_root(s) / ("leftImg8bit" if s.dataset == "cityscapes" else "JPEGImages")
     require(folder.is_dir(), f"there is no folder {folder}: " + (
-        f"run 'python data/prepare.py {s.dataset}', or say --root" if s.dataset in PRESETS else "the README shows the layout"))
+        f"run 'python data/prepare.py {s.dataset}', or say --root" if s.dataset in PRESETS else "see the README's layout, or say --root"))
     ids, path = list_ids(s, "val")
     require(ids, f"{path} holds no id: nothing to evaluate on")
     return find_samples(s, ids, True)
@@ -299,7 +301,7 @@ def find_samples(s, ids, with_masks):
 
 def read_image(path):
     """The picture in the file `path` as a PIL image in RGB, turned as its camera says (a PNG, whose header need not say, as it is)."""
-    with explained(f"cannot decode {path}", "replace it, or leave it out"), Image.open(path) as image:
+    with explained(f"cannot decode {path}", "replace it, or begin a run without it"), Image.open(path) as image:
         if image.mode[0] in "IF":                            # 16 or 32 bits, whose range Pillow does not convert
             raise ValueError(f"mode {image.mode}, save it with 8 bits per channel")
         return (image if image.format == "PNG" else ImageOps.exif_transpose(image)).convert("RGB")
@@ -376,20 +378,23 @@ class TrainingShares:
 
     def __init__(self, labeled, unlabeled, shares, s):
         self.samples, self.shares, self.s = {LABELED: labeled, UNLABELED: unlabeled}, shares, s
+        self.steps = len(unlabeled or labeled) // s.batch    # of an epoch
 
     def keys(self, step, share):
         """The key of one share of one step.
 
         An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
-        ones come in random order again and again; where they are alone, they take the unlabeled ones' places too.
+        ones come in random order again and again; where they are alone, they take the unlabeled ones' places too. (An epoch
+        without any unlabeled image is as long as if the labeled ones were the unlabeled.)
         """
-        s, keys, steps = self.s, [], len(self.samples[UNLABELED]) // self.s.batch
-        epoch, step = divmod(step, steps)
+        s, keys = self.s, []
+        epoch, step = divmod(step, self.steps)
         alone = s.method == "supervised" or epoch < s.warmup_epochs
         for stream, times in ((LABELED, 2 if alone else 1), (UNLABELED, 0 if alone else 1)):
             n, size = len(self.samples[stream]), times * s.batch // self.shares
             rng = np.random.default_rng((s.seed, epoch, stream))
-            order = [i for _ in range(math.ceil(steps * self.shares * size / n)) for i in rng.permutation(n).tolist()]
+            passes = math.ceil(self.steps * self.shares * size / n) if size else 0
+            order = [i for _ in range(passes) for i in rng.permutation(n).tolist()]
             first = (step * self.shares + share) * size
             keys += [(stream, epoch, position, order[position]) for position in range(first, first + size)]
         return keys
@@ -817,6 +822,8 @@ def predict(model, image):
     one before, and the last is flush with the border.
     """
     s, device = model.settings, next(model.parameters()).device
+    if image.dtype != torch.uint8:
+        raise ValueError(f"an image of {image.dtype}: predict takes uint8, 0 to 255")
     image = normalize(image.to(device, non_blocking=True))
     with autocast(device):
         if not s.sliding:
@@ -927,8 +934,10 @@ def build_learner(s, device, steps, weights="none"):
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     parallel = student
     if world() > 1:
-        parallel = nn.parallel.DistributedDataParallel(    # BatchNorm's statistics are shared otherwise, see train_step
-            student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")                # newer torch has another name for broadcast_buffers
+            parallel = nn.parallel.DistributedDataParallel(    # BatchNorm's statistics are shared otherwise, see train_step
+                student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     backbone = list(student.backbone.parameters())
     head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
     optimizer = torch.optim.SGD([{"params": backbone}, {"params": head, "lr": s.lr * s.head_lr}],
@@ -943,8 +952,7 @@ def save(path, write):
     """Have write(a path beside it) make the file `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
-        with explained(f"cannot write {path}", "make room, or choose another --out; what was there before is whole, and a training goes "
-                       "on with --resume"):
+        with explained(f"cannot write {path}", "make room and go on with --resume, or choose another --out; what was there before is whole"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(beside)
             os.replace(beside, path)
@@ -1066,7 +1074,7 @@ def plot(runs, path):
                 courses.setdefault(name, []).append((float(epoch), float(value)))
             tables.append((log, sorted(courses.values(), key=lambda course: np.mean(course, 0)[1])))
         except (OSError, ValueError, LookupError):
-            raise UserError(f"--plot {run}: there is no whole log.csv and hardness.csv in it, so it is no run") from None
+            raise UserError(f"--plot {run}: no run with an epoch behind it (whole log.csv and hardness.csv) is there") from None
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -1101,22 +1109,23 @@ TRAINED = ("student", "teacher", "optimizer", "schedule", "scaler")          # w
 def open_run(s, device, resume, total, shares, ids):
     """The learner, and the rest of a run's state, a dict: new, or as the run in the folder s.out left them where `resume` finds one.
 
-    total: steps of the run; shares: a step's; ids: the training images'. UserError unless the folder is free, or this very run's.
+    total: steps of the run; shares: a step's; ids: the images', by use. UserError unless the folder is free, or this very run's.
     """
     out, last = Path(s.out), Path(s.out, "last.pt")
     found = gather(resume and last.exists())[0]              # as process 0 sees it
-    holds = gather([name for name in ("last.pt", "best.pt", "settings.json", "log.csv", "hardness.csv") if (out / name).exists()])[0]
-    require(found or not holds, f"{out} holds a run already" + (
-        ", but its last.pt is gone: choose another --out" if resume else ": go on with --resume, or choose another --out"))
+    files = ("last.pt", "best.pt", "settings.json", "log.csv", "hardness.csv", "samples.png", "unlabeled.png", "curves.png")
+    holds = gather([name for name in files if (out / name).exists()])[0]
+    require(found or not holds, f"{out} holds {', '.join(holds)} already" + (
+        ", but no last.pt to resume from: " if resume else ": go on with --resume, or ") + "choose another --out, or delete that folder")
     together(lambda: claim(out) if rank() == 0 else None)
     learner = build_learner(s, device, total, "none" if found else s.weights)
     run = {"shares": shares, "ids": ids, "step": 0, "best": -1.0, "records": [], "log.csv": "", "hardness.csv": ""}
     if found:
         state = together(lambda: load_checkpoint(last, *run, *TRAINED))
         require(state["shares"] == shares,
-                f"{out} was begun with {state['shares']} shares a step, this is {shares} (processes x --accumulate)")
+                f"{out} was begun with {state['shares']} share(s) a step, this is {shares}: keep processes x --accumulate")
         require(state["ids"] == ids,
-                f"{out} was begun with other training images: bring the id lists and masks back, or choose another --out")
+                f"{out} was begun with other images or labels: bring the id lists and masks back, or choose another --out")
         run = {name: state[name] for name in run}
         for name in filter(state.get, TRAINED):              # a GradScaler that is not needed has an empty state
             getattr(learner, name).load_state_dict(state[name])
@@ -1140,9 +1149,9 @@ def train(s, device, resume):
     require(s.batch % shares == 0 and s.batch >= 2 * shares,
             f"--batch {s.batch} does not make {shares} equal shares (processes x --accumulate) of at least 2 images")
     labeled, unlabeled, validation, note = together(lambda: find_data(s))
-    steps, out = len(unlabeled) // s.batch, Path(s.out)      # of an epoch
-    total, data = s.epochs * steps, TrainingShares(labeled, unlabeled, shares, s)
-    learner, run = open_run(s, device, resume, total, shares, [sample.id for sample in labeled + unlabeled])
+    data, out = TrainingShares(labeled, unlabeled, shares, s), Path(s.out)
+    steps, total = data.steps, s.epochs * data.steps         # of an epoch, of the run
+    learner, run = open_run(s, device, resume, total, shares, [[x.id for x in part] for part in (labeled, unlabeled, validation)])
 
     def on_signal(number, frame):
         nonlocal signalled
@@ -1182,7 +1191,7 @@ def train(s, device, resume):
                 epoch_begun = time.monotonic()
             except UserError as error:                       # a broken picture, say
                 trouble = str(error)
-        if to_save:                                          # at the start, too: from then on the folder holds a run
+        if to_save and not (trouble and step == 0):          # at the start, too: from then on the folder holds a run
             together(lambda: save_run(s, learner, run))
             saved = time.monotonic()
         require(not trouble, trouble)
@@ -1305,7 +1314,7 @@ def parse(argv):
             f" [{default}]" if default != "" else ""), metavar=None if choices else "on|off" if field.type is bool else field.name.upper())
     todo = parser.parse_args(argv)
     given = {field.name: todo.__dict__.pop(field.name) for field in dataclasses.fields(Settings) if field.name in todo}
-    require(todo.checkpoint and "out" in given if todo.predict else not todo.checkpoint,
+    require(todo.checkpoint and given.get("out") and all(todo.predict) if todo.predict else todo.checkpoint is None,
             "--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
     for name in {"dataset", "root", "labeled"} & set(given):                 # a path is to hold wherever it is read again
         value, no_path = given[name], {"dataset": given[name] in PRESETS, "labeled": given[name].isdecimal()}
@@ -1343,7 +1352,7 @@ def load_checkpoint(path, *needed):
         Settings(**content["settings"]), [content[name] for name in ("teacher", *needed)]                # an error unless all are there
         return content
     except Exception:                            # cut off, of another program, a plain state dict
-        raise UserError(f"{path} is not a whole checkpoint of this program: take a last.pt or best.pt of one of its runs") from None
+        raise UserError(f"{path} is not a whole checkpoint of this program: take a last.pt or best.pt, or begin anew in another --out") from None
 
 
 def load(checkpoint, device="cpu", s=None):
@@ -1364,7 +1373,7 @@ def score(s, checkpoint, device):
     confusion = evaluate(load(checkpoint, device, s), samples, device).cpu()
     if rank() == 0:
         iou = 100 * iou_per_class(confusion)
-        result = {"checkpoint": str(checkpoint), "images": len(samples), "miou": iou.nanmean().item(),
+        result = {"checkpoint": str(checkpoint), "data": str(data_root(s)), "images": len(samples), "miou": iou.nanmean().item(),
                   "pixel_accuracy": 100 * (confusion.trace() / confusion.sum()).item(),
                   "classes": [{"name": name, "iou": None if v != v else v} for name, v in zip(s.class_names.split(","), iou.tolist())]}
         for k, entry in enumerate(result["classes"]):
@@ -1380,7 +1389,7 @@ def find_pictures(patterns):
         as_it_is = glob.escape(pattern)                      # brackets may be part of a name; hidden files are left out
         names = glob.glob(as_it_is + "/*") or glob.glob(as_it_is) or glob.glob(pattern, recursive=True)
         found = [path for path in map(Path, sorted(names)) if path.is_file()]
-        require(found, f"--predict {pattern}: there is no such file, and no file in it")
+        require(found, f"--predict {pattern}: no such file, and no file in such a folder (for those in its folders say '{pattern}/**/*')")
         pictures |= {path.resolve(): path for path in found}
     return list(pictures.values())
 
@@ -1407,6 +1416,13 @@ def predict_pictures(s, patterns, checkpoint, device):
     require(not faults, f"{len(faults)} of {len(pictures)} files gave no mask: {some_of(faults)}")
 
 
+def draw_demo(root):
+    """Process 0 draws the demo's scenes into the folder `root` if it is not there yet."""
+    if rank() == 0 and not root.exists():
+        with explained(f"cannot draw the demo into {root}", "run 'python data/prepare.py demo --root FOLDER', then say --root FOLDER"):
+            runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](root)
+
+
 def main(argv=None):
     """Do what the command line `argv` says (None: this process's own). A mistake in it ends in SystemExit(2) after one line."""
     signals = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGCHLD") if hasattr(signal, name)]
@@ -1416,9 +1432,8 @@ def main(argv=None):
         if todo.plot:
             return plot([Path(run) for run in todo.plot], Path(s.out, "curves.png" if len(todo.plot) == 1 else "compare.png"))
         device = set_up_device(s.device)
-        if s.dataset == "demo" and not todo.predict and not data_root(s).exists() and rank() == 0:
-            runpy.run_path(str(HERE / "data" / "prepare.py"))["demo"](data_root(s))
-        gather(None)                             # all wait for the drawing
+        if s.dataset == "demo" and not s.root and not todo.predict:
+            together(lambda: draw_demo(data_root(s)))
         if todo.predict and rank() == 0:         # one process is enough for it
             predict_pictures(s, todo.predict, todo.checkpoint, device)
         elif todo.eval:
@@ -1430,8 +1445,11 @@ def main(argv=None):
         if rank() == 0:
             print("\n" * sys.stdout.isatty() + "imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
         raise SystemExit(2) from None
-    except torch.OutOfMemoryError as error:      # maybe of one process alone
-        print(f"imas.py: {str(error).splitlines()[0]} Raise --accumulate, or lower --batch or --crop", file=sys.stderr)
+    except RuntimeError as error:                # out of memory, maybe one process alone
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+            raise
+        print(f"imas.py: {str(error).splitlines()[0][:200]}: raise --accumulate, lower --batch or --crop, or take a smaller --backbone",
+              file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:                      # nobody reads on: python imas.py ... | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -714,6 +714,7 @@ def test_two_processes_train_to_the_end(voc, tmp_path):
     done = launch(["--dataset", "voc", "--root", voc, "--labeled", 4, "--out", tmp_path / "run", *SMALL, "--workers", 1], 2)
     assert done.returncode == 0, done.stderr
     assert len(rows(tmp_path / "run/log.csv")) == 2 and len(rows(tmp_path / "run/hardness.csv")) == 16
+    assert "Warning" not in done.stderr
     # The two processes' teachers are one: scored by one process, it has the mIoU that two measured together.
     scored = launch(["--eval", tmp_path / "run/last.pt"])
     assert f"mIoU {float(rows(tmp_path / 'run/log.csv')[-1]['miou']):.2f}" in scored.stdout
@@ -1169,6 +1170,8 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     with torch.no_grad():
         image = torch.tensor(np.array(Image.open("street.jpg"))).permute(2, 0, 1)[None]
         assert torch.equal(names["labels"], model(imas.normalize(image)).argmax(1)) and names["labels"].shape == (1, 20, 30)
+    with pytest.raises(ValueError, match="uint8"):           # grey levels from 0 to 1 would give nonsense
+        imas.predict(model, image / 255)
 
 
 # Stopped, killed, resumed ------------------------------------------------------------------------------------------------
@@ -1301,7 +1304,7 @@ def test_number_of_shares_belongs_to_a_run(voc, tmp_path, capsys):
     assert state["shares"] == 2
     with pytest.raises(SystemExit):
         imas.main(command(voc, tmp_path / "run", "--accumulate", "1", "--resume"))
-    assert "2 shares a step, this is 1" in capsys.readouterr().err
+    assert "2 share(s) a step, this is 1" in capsys.readouterr().err
     assert launch(command(voc, tmp_path / "run", "--accumulate", "1", "--resume"), 2).returncode == 0          # 2 processes x 1
 
 
@@ -1578,10 +1581,16 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
                               ["last.pt", "not a whole checkpoint"]),
     "resume with other settings": (lambda r: torch.save({"settings": dataclasses.asdict(settings(dataset="voc", labeled="4")), "teacher": {}}, r / "last.pt"),
                                    "--out {r} --resume", ["was begun with --"]),
-    "resume without last.pt": (write("best.pt", b"the network of a day"), "--out {r} --resume", ["last.pt is gone", "--out"]),
+    "resume without last.pt": (write("best.pt", b"the network of a day"), "--out {r} --resume", ["best.pt", "no last.pt to resume from", "--out"]),
     "run with other images": (lambda r: (imas.main(command(r, r.parent / "run")), (r / TRAIN).write_text("".join((r / TRAIN).read_text().splitlines(True)[:-1]))),
-                              "--resume", ["run was begun with other training images", "--out"]),
-    "somebody's log": (lambda r: write("log.csv", b"mine")(r), "--out {r}", ["holds a run already", "--out"]),
+                              "--resume", ["run was begun with other images", "--out"]),
+    "somebody's log": (lambda r: write("log.csv", b"mine")(r), "--out {r}", ["holds log.csv already", "--out"]),
+    "run with other labels": (lambda r: (write("mine.txt", b"2007_000000\n2007_000001\n")(r), imas.main(command(r, r.parent / "run", "--labeled", str(r / "mine.txt"))),
+                                         write("mine.txt", b"2007_000000\n")(r)), "--labeled {r}/mine.txt --resume", ["other images or labels", "--out"]),
+    "run with other validation": (lambda r: (imas.main(command(r, r.parent / "run")), write(VAL, b"val_0\nval_1\n")(r)), "--resume", ["other images or labels"]),
+    "somebody's picture": (write("samples.png", b"mine"), "--out {r}", ["holds samples.png already", "--out"]),
+    "no name for --predict": (network, "--predict= --checkpoint {r}/x.pt", ["--predict IMAGE"]),
+    "no name for --out": (network, "--predict {r}/JPEGImages --checkpoint {r}/x.pt --out=", ["--out FOLDER"]),
     "no name for --eval": (None, "--eval=", ["there is no checkpoint"]),
     "nothing but 255 to score on": (lambda r: [Image.new("L", Image.open(p).size, 255).save(p) for p in (r / "SegmentationClass").glob("val*")], "",
                                     ["nothing but 255"]),
@@ -1614,15 +1623,17 @@ def test_fault_met_by_a_worker_is_one_line_too(voc, tmp_path):
         assert processes == 2 or done.stderr.count("\n") == 1
 
 
-def test_out_of_memory_is_one_line_with_the_remedy(voc, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much."),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_is_one_line_with_the_remedy(error, voc, tmp_path, capsys, monkeypatch):
     def too_large(*arguments):
-        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate much.")
+        raise error
 
     monkeypatch.setattr(imas, "train_step", too_large)
     with pytest.raises(SystemExit) as stop:
         imas.main(command(voc, tmp_path / "run"))
     line = capsys.readouterr().err
-    assert stop.value.code == 2 and line.count("\n") == 1 and "out of memory" in line and "--accumulate" in line
+    assert stop.value.code == 2 and line.count("\n") == 1 and "memory" in line and "--accumulate" in line
 
 
 def test_processes_without_torchrun_are_one_line(voc, tmp_path, monkeypatch, capsys):
@@ -1677,6 +1688,33 @@ def test_caller_keeps_its_children_and_handlers(voc, tmp_path):
     (voc / "JPEGImages/2007_000007.jpg").write_bytes((voc / "JPEGImages/2007_000007.jpg").read_bytes()[:-400])
     done = launch(command(voc, tmp_path / "run", "--workers", "2"), script=tmp_path / "caller.py")
     assert done.stdout.splitlines()[-2:] == ["2", "True True 1"], done.stdout + done.stderr
+
+
+def test_a_first_start_that_failed_is_in_nobodys_way(voc, tmp_path):
+    with pytest.raises(SystemExit):
+        imas.main(command(voc, tmp_path / "run", "--num-classes", "4", "--class-names", "a,b,c,d"))
+    assert os.listdir(tmp_path / "run") == ["lock"]
+    imas.main(command(voc, tmp_path / "run"))
+
+
+def test_all_labels_make_the_fully_supervised_run(voc, tmp_path, capsys):
+    (voc / "ImageSets/Segmentation/train_aug.txt").unlink()                  # train.txt: the six with a mask
+    imas.main(command(voc, tmp_path / "run", "--labeled", "6", "--method", "supervised"))
+    assert "6 labeled images" in (told := capsys.readouterr().out) and "0 unlabeled" in told and "2 epochs of 1 steps" in told
+    assert [float(row["loss_x"]) > 0 for row in rows(tmp_path / "run/log.csv")] == [True, True]
+    imas.main(command(voc, tmp_path / "run", "--labeled", "6", "--method", "supervised", "--resume"))
+    with pytest.raises(SystemExit):
+        imas.main(command(voc, tmp_path / "other", "--labeled", "6"))
+
+
+def test_demo_is_drawn_nowhere_but_in_its_place(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stop:
+        imas.main(["--root", str(tmp_path / "typo"), "--out", str(tmp_path / "run")])
+    assert stop.value.code == 2 and "typo" in capsys.readouterr().err and os.listdir(tmp_path) == []
+    drawing = [subprocess.Popen([sys.executable, str(PREPARE), "demo", "--root", str(tmp_path / "demo")], stderr=subprocess.PIPE) for _ in range(3)]
+    told = [(one.communicate()[1], one.returncode) for one in drawing]       # three at once: none is in another's way
+    assert all(code == 0 or b"there already" in line for line, code in told) and os.listdir(tmp_path) == ["demo"]
+    assert len(list((tmp_path / "demo").rglob("*.png"))) == 2 * 244
 
 
 def test_help_names_every_flag_and_choice(capsys):

@@ -20,6 +20,7 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -257,21 +258,20 @@ def demo(root=DATA / "demo"):
     root, new = Path(root), Path(f"{root}.{os.getpid()}.new")
     if root.exists():
         raise PrepareError(f"{root} is there already: remove it to draw it anew, or choose another --root")
-    for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
-        (new / folder).mkdir(parents=True)
-    for split, count in (("train", TRAIN), ("val", VAL)):
-        ids = [f"{split}_{i:04d}" for i in range(count)]
-        for i, name in enumerate(ids):
-            image, mask = draw_scene(np.random.default_rng((2211, 11335, len(split), i)))
-            Image.fromarray(image).save(new / "JPEGImages" / f"{name}.png")
-            mask = Image.fromarray(mask)
-            mask.putpalette(palette())
-            mask.save(new / "SegmentationClass" / f"{name}.png")
-        (new / "ImageSets/Segmentation" / f"{split}.txt").write_text("\n".join(ids) + "\n")
     try:
-        os.replace(new, root)
-    except OSError:                                          # another process was faster, with the same pixels
-        shutil.rmtree(new)
+        for split, count in (("train", TRAIN), ("val", VAL)):
+            ids = [f"{split}_{i:04d}" for i in range(count)]
+            for i, name in enumerate(ids):
+                image, mask = draw_scene(np.random.default_rng((2211, 11335, len(split), i)))
+                mask = Image.fromarray(mask)
+                mask.putpalette(palette())
+                put(Image.fromarray(image), new / "JPEGImages" / f"{name}.png")
+                put(mask, new / "SegmentationClass" / f"{name}.png")
+            put("".join(f"{name}\n" for name in ids).encode(), new / "ImageSets" / "Segmentation" / f"{split}.txt")
+        with suppress(OSError):                              # another process was faster, with the same pixels
+            os.replace(new, root)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
     print(f"drew {TRAIN} training and {VAL} validation scenes, classes {', '.join(DEMO_CLASSES)}: {root}")
 
 
@@ -287,9 +287,11 @@ def main(argv=None):
             voc(root, given.blended)
         else:
             {"demo": demo, "cityscapes": cityscapes, "camvid": camvid}[given.dataset](root)
-    except PrepareError as error:
+    except (PrepareError, OSError) as error:                 # OSError: a folder that cannot be written, a full disk
         print(f"prepare.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":
