@@ -980,11 +980,15 @@ claim.file = None
 # Pictures of what happens
 
 def class_colours(s):
-    """[(r, g, b), ...]: Cityscapes' own; Okabe's and Ito's, which the colour-blind can tell apart, for up to 8 classes; else VOC's."""
+    """[(r, g, b), ...]: the dataset's own; for up to 8 other classes Okabe's and Ito's, which the colour-blind can tell apart."""
     if s.dataset == "cityscapes":
         return [c.color for c in CITYSCAPES]
+    if s.dataset == "camvid":
+        return [(128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0), (192, 128, 128),
+                (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192)]
     if s.num_classes <= 8:
         return [(0, 0, 0), (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167)]
+    # VOC's: the class's bits 0, 3, 6 are the highest of red, 1, 4, 7 of green, 2, 5 of blue.
     return [tuple(sum((k >> 3 * bit + channel & 1) << 7 - bit for bit in range(3)) for channel in range(3)) for k in range(s.num_classes)]
 
 

@@ -977,6 +977,7 @@ def test_a_dataset_brings_its_preset(dataset):
     s, _ = imas.parse(["--dataset", dataset, "--labeled", "7"])
     for name, value in (imas.PRESETS[dataset] | {"labeled": "7"}).items():
         assert getattr(s, name) == value, name
+    assert len(set(imas.class_colours(s)[:s.num_classes])) == s.num_classes  # a colour for each class
 
 
 def test_samples_show_image_truth_argmax_and_confidence(voc, tmp_path):
