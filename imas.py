@@ -80,13 +80,13 @@ def require(fine, line):
 
 
 @contextmanager
-def explained(what, advice):
-    """Turn any error inside the `with` into a UserError: what was tried, the error's first line, what to do."""
+def explained(what, advice, kind=Exception):
+    """Turn errors inside the `with` into a UserError: what was tried, the error's first line, what to do."""
     try:
         yield
     except UserError:
         raise
-    except Exception as error:                   # Pillow and torch raise errors of many kinds for a broken file
+    except kind as error:                        # of Pillow and torch for a broken file: any
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise UserError(f"{what} ({reason.splitlines()[0][:200]}): {advice}") from None
 
@@ -138,7 +138,7 @@ class Settings:
     ohem: bool = option(False, "learn from the labeled pixels that are hardest to get right (OHEM) instead of all")
     aux_weight: float = option(0.0, "weight of an auxiliary head on layer3; 0: no such head", low=0.0)
     sliding: bool = option(False, "evaluate by overlapping windows of crop x crop, for pictures too large to go through whole")
-    weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see train_step); off saves a fifth of the time")
+    weak_in_batch: bool = option(True, "show BatchNorm the weak images too (see loss_of_share); off saves a fifth of the time")
     eval_every: int = option(1, "epochs between two evaluations; the last epoch is always evaluated", low=1)
     save_every: float = option(30.0, "minutes between two checkpoints, besides the one after each epoch", low=0.0)
     workers: int = option(4, "loader processes per training process; no more are started than there are cores", low=0)
@@ -236,6 +236,7 @@ def list_ids(s, split):
     return read_ids(path), path
 
 
+@explained("cannot look for the images", "check the id lists and the folders' permissions", OSError)
 def find_data(s):
     """The images of a run: (labeled, unlabeled, validation, note), three lists of Sample with no id in common, and where the
     labeled ids come from. UserError for anything missing."""
@@ -261,12 +262,12 @@ def find_data(s):
     both = sorted({v.id for v in validation} & {*pool, *labeled})
     require(not both, f"{len(both)} ids are in val and among the training images too ({some_of(both)}): remove them from one side")
     unlabeled = sorted(set(pool) - set(labeled))
-    counts = labeled if s.method == "supervised" and not unlabeled else unlabeled            # the fully supervised run
-    require(len(counts) >= s.batch,
+    require(len(unlabeled) >= s.batch or s.method == "supervised" and len(labeled) >= s.batch,
             f"{len(unlabeled)} unlabeled images are left in {path}, a step takes {s.batch}: lower --labeled or --batch")
     return find_samples(s, labeled, True), find_samples(s, unlabeled, False), validation, note
 
 
+@explained("cannot look for the images", "check the id lists and the folders' permissions", OSError)
 def find_validation(s):
     """The images of the validation set: a list of Sample."""
     folder = data_root(s) / ("leftImg8bit" if s.dataset == "cityscapes" else "JPEGImages")
@@ -378,14 +379,14 @@ class TrainingShares:
 
     def __init__(self, labeled, unlabeled, shares, s):
         self.samples, self.shares, self.s = {LABELED: labeled, UNLABELED: unlabeled}, shares, s
-        self.steps = len(unlabeled or labeled) // s.batch    # of an epoch
+        self.steps = len(unlabeled) // s.batch or len(labeled) // s.batch    # of an epoch
 
     def keys(self, step, share):
         """The key of one share of one step.
 
         An epoch is one pass over the unlabeled images in an order of its own, the last incomplete batch dropped. The labeled
-        ones come in random order again and again; where they are alone, they take the unlabeled ones' places too. (An epoch
-        without any unlabeled image is as long as if the labeled ones were the unlabeled.)
+        ones come in random order again and again; where they are alone, they take the unlabeled ones' places too. (A supervised
+        run without a batch of unlabeled images has epochs as long as if the labeled ones were the unlabeled.)
         """
         s, keys = self.s, []
         epoch, step = divmod(step, self.steps)
@@ -430,8 +431,8 @@ def load_whole(sample, num_classes):
 
 def normalize(images):
     """uint8 [B, 3, H, W] on any device -> float32 with ImageNet's mean and deviation, channels-last."""
-    mean, std = (torch.tensor(v, device=images.device).view(1, 3, 1, 1) for v in (MEAN, STD))
-    return ((images / 255 - mean) / std).contiguous(memory_format=torch.channels_last)
+    channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]   # no constants to copy: the host does not wait
+    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
 
 # 3 ---------------------------------------------------------------------------------------------------------- model ---
@@ -588,7 +589,7 @@ def pair_hard_easy(gamma):
 def cutmix_boxes(batch, height, width, generator):
     """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner's pixels are pasted.
 
-    All boxes of a batch have one size, v times height and width with v ~ U(0.1, 0.9), rounded down to even. Each has its own
+    All boxes of a batch have one size, v height x v width with v ~ U(0.1, 0.9), rounded down to even. Each has its own
     centre, drawn from [height/16, height) x [width/16, width), and is clipped at the border. generator: a CPU's.
     """
     v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
@@ -631,7 +632,7 @@ def ohem_cross_entropy(logits, target, threshold, min_kept, ignore=255):
 def consistency_loss(logits, pseudo_label, confidence, tau, gamma=None, valid=None):
     """L_u of one view: cross entropy against the teacher's labels where it is sure, a hard image counting less.
 
-        L_i = mean over all H W pixels of [confidence >= tau] CE(logits, pseudo_label);   mean over i of (1 - gamma_i) L_i
+        L_i = mean over all H W pixels of [confidence >= tau] CE(logits, pseudo_label),   L_u = mean over i of (1 - gamma_i) L_i
 
     logits        float [B, C, H, W]: the student's, on the view
     pseudo_label  int64 [B, H, W]: the teacher's argmax; 255 is ignored
@@ -682,19 +683,21 @@ MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # w
 
 
 def loss_of_share(learner, images, step, share, s):
-    """The algorithm, Figure 2 of the paper from left to right: the loss L_x + lambda_u L_u of one share, and its record.
+    """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one share, and its record.
 
-    images  item of TrainingShares, on the device
-    L_u is the intensity view's consistency loss, or the mean of both views' where CutMix fired.
+    A share is the part of a step's batch that goes through the networks at once; images is an item of TrainingShares, on the
+    device. L_u is the consistency loss of the intensity view; where a CutMix view is made, the mean over both views.
     The record is a dict: step, share, measured (the MEASURED, float [5]), and of the unlabeled images index int64 [B] and
-    gamma [B]. In the warm-up there are none: then B is 0, and so is all that is measured but loss_x.
+    gamma [B]. In the warm-up and in a supervised run there are none: B is 0, and all that is measured but loss_x is 0.
     """
     student, teacher, device = learner.student, learner.teacher, images["image"].device
-    views, targets = [normalize(images["image"])], []    # what the student is to see; what the teacher says of the last ones
-    gamma, confident, drawn = torch.zeros(0, device=device), torch.zeros((), device=device), None
+    views, targets = [normalize(images["image"])], []    # what the student is to see; the teacher's labels of the last ones
+    gamma, index, confident = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64), torch.zeros((), device=device)
+    cutmix = None
 
     if "weak" in images:
-        weak, strong, valid = normalize(images["weak"]), normalize(images["strong"]), images["valid"]
+        weak, strong = normalize(images["weak"]), normalize(images["strong"])
+        valid, index = images["valid"], images["index"]
         # Both networks look at the weak view u; how far they disagree about it is its hardness.
         student.eval()
         with torch.no_grad(), autocast(device):
@@ -711,9 +714,9 @@ def loss_of_share(learner, images, step, share, s):
         # The intensity view: strong colours, the less of them the harder the image.
         views.append(adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong)
         # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
-        drawn = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                     # the host waits for the device
-        if drawn:
-            partner, box = (x.to(device, non_blocking=True) for x in drawn)                   # [B], [B, H, W]
+        cutmix = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                    # the host waits for the device
+        if cutmix:
+            partner, box = (x.to(device, non_blocking=True) for x in cutmix)                  # [B], [B, H, W]
             views.append(torch.where(box.unsqueeze(1), weak[partner], weak))
             targets.append({name: torch.where(box, x[partner], x) for name, x in targets[0].items()})
 
@@ -726,17 +729,16 @@ def loss_of_share(learner, images, step, share, s):
     if s.aux_weight:
         loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label, s)
     losses_u = [consistency_loss(of_view, **target, tau=s.tau, gamma=gamma if "loss" in s.adapt else None)
-                for of_view, target in zip(logits[-len(targets):], targets)]
+                for of_view, target in zip(logits[-len(targets):], targets)]         # none without targets
     loss_u = torch.stack(losses_u).mean() if losses_u else torch.zeros_like(loss_x)
 
-    fired = torch.full_like(confident, drawn is not None)
+    fired = torch.full_like(confident, cutmix is not None)
     measured = torch.stack([loss_x, loss_u, gamma.sum() / max(len(gamma), 1), confident, fired]).detach()
-    index = images.get("index", gamma.long())                # none without unlabeled images
     return loss_x + s.lambda_u * loss_u, {"step": step, "share": share, "measured": measured, "index": index, "gamma": gamma}
 
 
 def labeled_loss(logits, label, s):
-    """L_x: plain cross entropy, or OHEM with the paper's constants where the Settings `s` say so."""
+    """L_x: plain cross entropy, or OHEM with threshold 0.7 and at least 100 000 pixels where s.ohem."""
     return ohem_cross_entropy(logits, label, 0.7, min_kept=100_000) if s.ohem else supervised_loss(logits, label)
 
 
@@ -745,7 +747,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
 
     batch         {number of the share: item of TrainingShares}, this process's shares of the step
     step          number of the step from 0; seeds CutMix
-    teacher_step  `step` of update_teacher: 0 while the teacher is to be the student, then steps since the warm-up
+    teacher_step  passed to update_teacher: 0 makes the teacher a copy of the student, else steps since the end of the warm-up
     """
     student, parallel, teacher, optimizer, schedule, scaler = learner
     records = []
@@ -952,7 +954,7 @@ def save(path, write):
     """Have write(a path beside it) make the file `path`: whole or not at all."""
     beside = path.with_name(path.name + ".new")
     try:
-        with explained(f"cannot write {path}", "make room and go on with --resume, or choose another --out; what was there before is whole"):
+        with explained(f"cannot write {path}", "make room (a training then goes on with --resume), or write elsewhere (--out); what was there is whole"):
             path.parent.mkdir(parents=True, exist_ok=True)
             write(beside)
             os.replace(beside, path)
@@ -971,7 +973,7 @@ def claim(out):
             try:
                 fcntl.flock(claim.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise UserError(f"another run is alive in {out}: wait for it, or choose another --out") from None
+                raise UserError(f"another run is alive in {out} (one that was killed, for seconds): wait for it, or choose another --out") from None
 
 
 claim.file = None
@@ -1107,13 +1109,13 @@ def plot(runs, path):
     print(f"curves of {len(runs)} run(s): {path}")
 
 
-TRAINED = ("student", "teacher", "optimizer", "schedule", "scaler")          # what a checkpoint holds of a Learner
+TRAINED = ("student", "teacher", "optimizer", "schedule", "scaler")          # what last.pt holds of a Learner
 
 
 def open_run(s, device, resume, total, shares, ids):
     """The learner, and the rest of a run's state, a dict: new, or as the run in the folder s.out left them where `resume` finds one.
 
-    total: steps of the run; shares: a step's; ids: the images', by use. UserError unless the folder is free, or this very run's.
+    total: steps of the run; shares: a step's; ids: of the labeled, unlabeled and validation images. UserError unless the folder is free, or this very run's.
     """
     out, last = Path(s.out), Path(s.out, "last.pt")
     found = gather(resume and last.exists())[0]              # as process 0 sees it
@@ -1169,10 +1171,11 @@ def train(s, device, resume):
     batches = iter(DataLoader(data, batch_size=None, sampler=keys, num_workers=s.workers,
                               worker_init_fn=leave_signals_to_parent, pin_memory=device.type == "cuda"))
     if rank() == 0:
+        n = s.batch // shares
         how = f"from step {run['step']} on, " if run["step"] else "nothing to resume, " if resume else ""
         print(f"{s.dataset}: {len(labeled)} labeled images ({note}), {len(unlabeled)} unlabeled, {len(validation)} for validation\n"
               f"{s.method}: {s.epochs} epochs of {steps} steps, {world()} process(es) x {s.accumulate} share(s) of "
-              f"{s.batch // shares} + {s.batch // shares} images, on {device}, {how}into {out}", flush=True)
+              f"{f'{2 * n} labeled' if s.method == 'supervised' else f'{n} + {n}'} images, on {device}, {how}into {out}", flush=True)
     fresh, first = [], run["step"]                           # records that are still on the device
     begun = epoch_begun = saved = time.monotonic()
     while True:
@@ -1181,7 +1184,7 @@ def train(s, device, resume):
             batch = {share: next(batches) for share in mine} if step < total else None
         except UserError as error:
             trouble = str(error)
-        # Between two steps. What one process has met, all act on.
+        # Between two steps. All processes act on what any of them has met, and on the clock of process 0.
         signals, due, troubles = zip(*gather((signalled, time.monotonic() - saved > 60 * s.save_every, trouble)))
         stop, trouble = max(signals), next(filter(None, troubles), None)
         epoch_ends, to_save = step % steps == 0, step % steps == 0 or stop or trouble or due[0]
@@ -1193,9 +1196,9 @@ def train(s, device, resume):
             try:
                 together(lambda: end_epoch(step // steps, run, learner, data, validation, device, epoch_begun))
                 epoch_begun = time.monotonic()
-            except UserError as error:                       # a broken picture, say
+            except UserError as error:                       # a broken picture, say; resuming ends the epoch once more
                 trouble = str(error)
-        if to_save and not (trouble and step == 0):          # at the start, too: from then on the folder holds a run
+        if to_save and not (trouble and step == 0):          # at the start, too, unless it fails: then the folder stays free
             together(lambda: save_run(s, learner, run))
             saved = time.monotonic()
         require(not trouble, trouble)
@@ -1204,7 +1207,7 @@ def train(s, device, resume):
             raise SystemExit(128 + stop)
         if step == total:
             break
-        # Through the first epoch with unlabeled images, too, the teacher is the student, as in the released code.
+        # The teacher stays a copy of the student through the warm-up and the first epoch after it, as in the released code.
         teacher_step = step - s.warmup_epochs * steps if step // steps > s.warmup_epochs else 0
         fresh += train_step(learner, batch, step, teacher_step, s, device)
         run["step"] += 1
@@ -1230,18 +1233,17 @@ def end_epoch(epoch, run, learner, data, validation, device, begun):
     row = {"epoch": epoch, "steps": run["step"], "lr": learner.optimizer.param_groups[0]["lr"], **dict(zip(MEASURED, means)),
            "miou": miou, "seconds": time.monotonic() - begun}
     gammas = sorted((data.samples[UNLABELED][i].id, g) for r in records for i, g in zip(r["index"].tolist(), r["gamma"].tolist()))
+    content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
+    if miou > run["best"] and rank() == 0:                   # NaN, not evaluated, is not
+        save(out / "best.pt", lambda file: torch.save(content, file))
+    # From here on nothing fails: the epoch is ended as a whole, or not at all.
     for name, header, rows in (("log.csv", list(row), [[f"{v:.6g}" for v in row.values()]]),
                                ("hardness.csv", ["epoch", "id", "hardness"], [[epoch, i, f"{g:.6f}"] for i, g in gammas])):
         lines = io.StringIO()
         csv.writer(lines, lineterminator="\n").writerows(rows if run[name] else [header, *rows])
         run[name] += lines.getvalue()
     tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
-    if miou > run["best"]:                                   # NaN, not evaluated, is not
-        run["best"] = miou
-        content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
-        if rank() == 0:
-            save(out / "best.pt", lambda file: torch.save(content, file))
-    run["records"] = []
+    run["best"], run["records"] = max(run["best"], miou), []                 # in this order NaN is not more
 
 
 def look(fresh, student, data, place, seconds, left):
@@ -1327,7 +1329,7 @@ def parse(argv):
     if checkpoint is None:
         base = PRESETS.get(given.get("dataset", "demo"), {})
     else:                                                    # trained elsewhere, maybe
-        base = load_checkpoint(checkpoint)["settings"] | {"device": "", "workers": Settings.workers}
+        base = load_checkpoint(checkpoint)["settings"] | {"device": ""}
     for name, follows in (("dataset", "root"), ("num_classes", "class_names")):
         if name in given and given[name] != base.get(name):
             base = base | {follows: ""}
@@ -1339,10 +1341,10 @@ def parse(argv):
     if todo.resume and Path(s.out, "last.pt").exists():
         begun = Settings(**load_checkpoint(Path(s.out, "last.pt"))["settings"] | {"out": s.out})
         free = ("workers", "device", "save_every", "accumulate", "class_names", "weights", "root")
-        for name, value in given.items():
-            require(name in free or value == getattr(begun, name), f"{s.out} was begun with {flag(name)} {getattr(begun, name)}, "
-                    f"not {value}: leave it out, or choose another --out")
         s = dataclasses.replace(begun, **given)
+        for name in given:
+            was, value = getattr(begun, name), getattr(s, name)
+            require(name in free or value == was, f"{s.out} was begun with {flag(name)} {was}, not {value}: leave it out, or choose another --out")
     check_settings(s)
     s.workers = min(s.workers, os.cpu_count() or 1)
     return s, todo
@@ -1374,7 +1376,7 @@ def load(checkpoint, device="cpu", s=None):
 def score(s, checkpoint, device):
     """Print the IoU of each class, their mean and the pixel accuracy of the teacher in `checkpoint`; write them beside it as JSON."""
     samples = together(lambda: find_validation(s))
-    confusion = evaluate(load(checkpoint, device, s), samples, device).cpu()
+    confusion = evaluate(together(lambda: load(checkpoint, device, s)), samples, device).cpu()
     if rank() == 0:
         iou = 100 * iou_per_class(confusion)
         result = {"checkpoint": str(checkpoint), "data": str(data_root(s)), "images": len(samples), "miou": iou.nanmean().item(),
@@ -1408,7 +1410,7 @@ def predict_pictures(s, patterns, checkpoint, device):
             for file in (mask, overlay):                     # a picture, or what another picture of this name gave
                 require(not file.exists(), f"{file} is there already: choose another --out")
             label = predict(model, pil_to_tensor(picture)[None])[0].argmax(0).cpu()
-        except (UserError, RuntimeError, MemoryError) as error:              # no picture; too large for the memory
+        except (UserError, OSError, RuntimeError, MemoryError) as error:     # no picture; too long a name; too large for the memory
             faults.append(f"{path} ({(str(error) or 'out of memory').splitlines()[0]})")
             continue
         painted, seen = paint(label, s), to_pil_image((label != (-1 if s.background is None else s.background)).byte() * 255)
@@ -1445,14 +1447,15 @@ def main(argv=None):
         elif not todo.predict:
             train(s, device, todo.resume)
     except UserError as error:
-        # An error from a loader's worker comes with the worker's traceback in front; the last line is the message.
-        if rank() == 0:
+        # An error from a loader's worker comes with the worker's traceback in front; the last line is the message. Once joined, all
+        # processes have the same error; before, each machine may have its own.
+        if rank() == 0 or not dist.is_initialized() and os.environ.get("LOCAL_RANK") == "0":
             print("\n" * sys.stdout.isatty() + "imas.py: " + str(error).strip().rpartition("UserError: ")[2], file=sys.stderr)
         raise SystemExit(2) from None
     except RuntimeError as error:                # out of memory, maybe one process alone
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+        if not isinstance(error, torch.cuda.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
-        print(f"imas.py: {str(error).splitlines()[0][:200]}: raise --accumulate, lower --batch or --crop, or take a smaller --backbone",
+        print(f"imas.py: {str(error).splitlines()[0][:200]}: raise --accumulate, lower --batch or --crop, take a smaller --backbone; in evaluation --sliding on",
               file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenPipeError:                      # nobody reads on: python imas.py ... | head

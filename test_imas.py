@@ -584,8 +584,9 @@ def test_ablations_run(voc, tmp_path, flags, sharp):
 
 
 def test_uniform_is_imas_that_adapts_nothing(voc, tmp_path, sharp):
-    for name, flags in (("a", ["--method", "uniform"]), ("b", ["--adapt", "none"])):
+    for name, flags in (("a", ["--method", "uniform", "--adapt", "loss"]), ("b", ["--adapt", "none"])):
         imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, *flags])
+        imas.main(["--dataset", "voc", "--root", str(voc), "--labeled", "4", "--out", str(tmp_path / name), *SMALL, *flags, "--resume"])
     assert rows(tmp_path / "a" / "log.csv") == rows(tmp_path / "b" / "log.csv")
 
 
@@ -1068,6 +1069,7 @@ def test_masks_for_anyones_pictures(tmp_path, capsys):
     exif = Image.Exif()
     exif[0x0112] = 6
     noise(40, 60).save(folder / "turned.jpg", exif=exif)
+    noise(9, 9).save(folder / f"{'m' * 250}.png")            # no room in a name for _overlay
     (folder / "notes.txt").write_text("no picture")
     (folder / "turned.json").write_text("{}")                # beside turned.jpg, and in nobody's way
     (folder / ".hidden").write_text("not even looked at")
@@ -1075,7 +1077,7 @@ def test_masks_for_anyones_pictures(tmp_path, capsys):
         imas.main(["--predict", str(folder), str(folder / "../pictures/one.png"), "--checkpoint", str(tmp_path / "x.pt"),
                    "--out", str(tmp_path / "masks"), "--device", "cpu"])
     line = capsys.readouterr().err
-    assert stop.value.code == 2 and line.count("\n") == 1 and "2 of 7 files" in line and "notes.txt" in line and "turned.json" in line
+    assert stop.value.code == 2 and line.count("\n") == 1 and "3 of 8 files" in line and "mmm" in line and "notes.txt" in line and "turned.json" in line
     names = {"grey": (30, 20), "rgba": (21, 25), "one": (1, 1), "long": (5000, 40), "turned": (40, 60)}
     assert {p.name for p in (tmp_path / "masks").iterdir()} == {f"{n}{end}.png" for n in names for end in ("", "_overlay")}
     painted = 0
@@ -1367,6 +1369,23 @@ def test_weights_that_are_not_finite_are_never_saved(voc, tmp_path, capsys, monk
     assert state["step"] == 0 and all(v.isfinite().all() for v in state["student"].values()) and not (tmp_path / "run/best.pt").exists()
 
 
+def test_epoch_whose_end_fails_is_ended_once_on_resuming(voc, tmp_path, monkeypatch):
+    """best.pt cannot be written in the first epoch: its rows come once, and so does best.pt, as if nothing had been."""
+    imas.main(command(voc, tmp_path / "straight"))
+
+    def full(path, write, save=imas.save):
+        if path.name == "best.pt":
+            raise imas.UserError("no room")
+        save(path, write)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(imas, "save", full)
+        imas.main(command(voc, tmp_path / "run"))
+    assert not (tmp_path / "run/best.pt").exists() and torch.load(tmp_path / "run/last.pt")["step"] == 2
+    imas.main(command(voc, tmp_path / "run", "--resume"))
+    same_runs(tmp_path / "straight", tmp_path / "run")
+
+
 def test_picture_that_breaks_a_run_costs_nothing(voc, tmp_path, capsys):
     """A mask that only the evaluation finds wrong, an image that only the training finds broken: mend it, and go on from there."""
     imas.main(command(voc, tmp_path / "straight", "--epochs", "3", "--seed", "1"))
@@ -1589,6 +1608,7 @@ MISTAKES = {  # name: (what is done to the dataset, flags, what the line says)
     "run with other labels": (lambda r: (write("mine.txt", b"2007_000000\n2007_000001\n")(r), imas.main(command(r, r.parent / "run", "--labeled", str(r / "mine.txt"))),
                                          write("mine.txt", b"2007_000000\n")(r)), "--labeled {r}/mine.txt --resume", ["other images or labels", "--out"]),
     "run with other validation": (lambda r: (imas.main(command(r, r.parent / "run")), write(VAL, b"val_0\nval_1\n")(r)), "--resume", ["other images or labels"]),
+    "id longer than a name may be": (write(TRAIN, b"x" * 300 + b"\n"), "", ["cannot look for the images", "too long", "id lists"]),
     "somebody's picture": (write("samples.png", b"mine"), "--out {r}", ["holds samples.png already", "--out"]),
     "no name for --predict": (network, "--predict= --checkpoint {r}/x.pt", ["--predict IMAGE"]),
     "no name for --out": (network, "--predict {r}/JPEGImages --checkpoint {r}/x.pt --out=", ["--out FOLDER"]),
@@ -1644,6 +1664,17 @@ def test_processes_without_torchrun_are_one_line(voc, tmp_path, monkeypatch, cap
         imas.main(command(voc, tmp_path / "run"))
     line = capsys.readouterr().err
     assert stop.value.code == 2 and line.count("\n") == 1 and "torchrun" in line
+
+
+def test_mistake_on_another_machine_is_told_there(tmp_path, monkeypatch, capsys):
+    """Before the processes are joined the first one of each machine tells what is wrong there, and no other."""
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, local, lines in ((2, 0, 1), (3, 1, 0)):
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        with pytest.raises(SystemExit):
+            imas.main(["--eval", str(tmp_path / "nowhere.pt")])
+        assert capsys.readouterr().err.count("no checkpoint") == lines
 
 
 def test_reader_that_goes_away_ends_the_run_quietly(voc, tmp_path):
