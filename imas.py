@@ -938,7 +938,7 @@ def build_learner(s, device, steps, weights="none"):
     if world() > 1:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")                # newer torch has another name for broadcast_buffers
-            parallel = nn.parallel.DistributedDataParallel(    # BatchNorm's statistics are shared otherwise, see train_step
+            parallel = nn.parallel.DistributedDataParallel(    # BatchNorm's statistics are shared otherwise
                 student, [device] if device.type == "cuda" else None, broadcast_buffers=False)
     backbone = list(student.backbone.parameters())
     head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
@@ -1242,7 +1242,8 @@ def end_epoch(epoch, run, learner, data, validation, device, begun):
         lines = io.StringIO()
         csv.writer(lines, lineterminator="\n").writerows(rows if run[name] else [header, *rows])
         run[name] += lines.getvalue()
-    tell(f"epoch {epoch}/{s.epochs}  " + "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:]), last=True)
+    tell(f"epoch {epoch}/{s.epochs}  " +  # without the mIoU that was not measured
+         "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:] if value == value), last=True)
     run["best"], run["records"] = max(run["best"], miou), []                 # in this order NaN is not more
 
 
