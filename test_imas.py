@@ -1369,6 +1369,15 @@ def test_weights_that_are_not_finite_are_never_saved(voc, tmp_path, capsys, monk
     assert state["step"] == 0 and all(v.isfinite().all() for v in state["student"].values()) and not (tmp_path / "run/best.pt").exists()
 
 
+def test_best_checkpoint_is_the_best_epochs(voc, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.3, 0.2])
+    monkeypatch.setattr(imas, "iou_per_class", lambda confusion: torch.tensor([next(scores)], dtype=torch.float64))
+    imas.main(command(voc, tmp_path / "run", "--epochs", "3"))
+    best, last = (torch.load(tmp_path / "run" / name) for name in ("best.pt", "last.pt"))
+    assert (best["epoch"], best["miou"], last["best"]) == (2, pytest.approx(30), pytest.approx(30)) and last["step"] == 6
+    assert not all(torch.equal(a, b) for a, b in zip(best["teacher"].values(), last["teacher"].values()))
+
+
 def test_epoch_whose_end_fails_is_ended_once_on_resuming(voc, tmp_path, monkeypatch):
     """best.pt cannot be written in the first epoch: its rows come once, and so does best.pt, as if nothing had been."""
     imas.main(command(voc, tmp_path / "straight"))

@@ -20,7 +20,6 @@ import tarfile
 import urllib.error
 import urllib.request
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -268,8 +267,11 @@ def demo(root=DATA / "demo"):
                 put(Image.fromarray(image), new / "JPEGImages" / f"{name}.png")
                 put(mask, new / "SegmentationClass" / f"{name}.png")
             put("".join(f"{name}\n" for name in ids).encode(), new / "ImageSets" / "Segmentation" / f"{split}.txt")
-        with suppress(OSError):                              # another process was faster, with the same pixels
+        try:
             os.replace(new, root)
+        except OSError:
+            if not root.is_dir():                            # else another process was faster, with the same pixels
+                raise
     finally:
         shutil.rmtree(new, ignore_errors=True)
     print(f"drew {TRAIN} training and {VAL} validation scenes, classes {', '.join(DEMO_CLASSES)}: {root}")
