@@ -413,15 +413,13 @@ class TrainingShares:
         mask = read_mask(sample, s.num_classes) if stream == LABELED else Image.new("L", image.size)
         weak, mask = weak_augment(image, mask, s, rng)
 
-        def pad(picture, fill):                              # at the right and at the bottom
-            border = (0, 0, s.crop - picture.width, s.crop - picture.height)
-            return pil_to_tensor(ImageOps.expand(picture, border, fill))
+        def pad(picture, fill=tuple(round(255 * m) for m in MEAN)):          # at the right and at the bottom
+            return pil_to_tensor(ImageOps.expand(picture, (0, 0, s.crop - picture.width, s.crop - picture.height), fill))
 
-        image, label = pad(weak, tuple(round(255 * m) for m in MEAN)), pad(mask, IGNORE)[0]
+        label = pad(mask, IGNORE)[0]
         if stream == LABELED:
-            return {"image": image, "label": label}
-        strong = pad(strong_augment(weak, rng), tuple(round(255 * m) for m in MEAN))
-        return {"weak": image, "strong": strong, "valid": label != IGNORE, "index": torch.tensor(index)}
+            return {"image": pad(weak), "label": label}
+        return {"weak": pad(weak), "strong": pad(strong_augment(weak, rng)), "valid": label != IGNORE, "index": torch.tensor(index)}
 
 
 def load_whole(sample, num_classes):
@@ -1187,7 +1185,8 @@ def train(s, device, resume):
         # Between two steps. All processes act on what any of them has met, and on the clock of process 0.
         signals, due, troubles = zip(*gather((signalled, time.monotonic() - saved > 60 * s.save_every, trouble)))
         stop, trouble = max(signals), next(filter(None, troubles), None)
-        epoch_ends, to_save = step % steps == 0, step % steps == 0 or stop or trouble or due[0]
+        epoch_ends = step % steps == 0
+        to_save = epoch_ends or stop or trouble or due[0]
         if fresh and (step % 10 == 0 or to_save):            # seldom, for the host waits for the device here
             run["records"] += look(fresh, learner.student, data, f"epoch {(step - 1) // steps + 1}/{s.epochs}  step {step}/{total}",
                                    (time.monotonic() - begun) / (step - first), total - step)
@@ -1236,15 +1235,15 @@ def end_epoch(epoch, run, learner, data, validation, device, begun):
     content = {"settings": dataclasses.asdict(s), "epoch": epoch, "miou": miou, "teacher": learner.teacher.state_dict()}
     if miou > run["best"] and rank() == 0:                   # NaN, not evaluated, is not
         save(out / "best.pt", lambda file: torch.save(content, file))
-    # From here on nothing fails: the epoch is ended as a whole, or not at all.
+    # From here on nothing is written: the epoch is ended as a whole, or not at all.
     for name, header, rows in (("log.csv", list(row), [[f"{v:.6g}" for v in row.values()]]),
                                ("hardness.csv", ["epoch", "id", "hardness"], [[epoch, i, f"{g:.6f}"] for i, g in gammas])):
         lines = io.StringIO()
         csv.writer(lines, lineterminator="\n").writerows(rows if run[name] else [header, *rows])
         run[name] += lines.getvalue()
-    tell(f"epoch {epoch}/{s.epochs}  " +  # without the mIoU that was not measured
-         "  ".join(f"{name} {value:.4g}" for name, value in list(row.items())[2:] if value == value), last=True)
     run["best"], run["records"] = max(run["best"], miou), []                 # in this order NaN is not more
+    shown = [f"{name} {value:.4g}" for name, value in list(row.items())[2:] if value == value]           # not a mIoU that was not measured
+    tell(f"epoch {epoch}/{s.epochs}  {'  '.join(shown)}", last=True)
 
 
 def look(fresh, student, data, place, seconds, left):
