@@ -186,11 +186,7 @@ def check_settings(s):
 
 # 2 ----------------------------------------------------------------------------------------------------------- data ---
 
-class Sample(NamedTuple):
-    """One picture of a dataset; `mask` is None where labels are not to be read."""
-    id: str
-    image: Path
-    mask: Path | None
+Sample = NamedTuple("Sample", [("id", str), ("image", Path), ("mask", Path | None)])         # None: labels are not to be read
 
 
 def read_ids(path):
@@ -817,30 +813,29 @@ def iou_per_class(confusion):
 def predict(model, image):
     """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W] on any device; `model` is in eval mode.
 
-    The model's attribute `settings`, which `load` gives it, says how: the picture goes through whole; with `sliding` the result
-    is the mean over windows of crop x crop, or as large as the picture where that is smaller; each is 2/3 of a window from the
-    one before, and the last is flush with the border.
+    The model's attribute `settings`, which `load` gives it, says how: the picture goes through whole, as one window; with
+    `sliding` the result is the mean over windows of crop x crop, or as large as the picture where that is smaller. Each is 2/3
+    of a window from the one before, and the last is flush with the border.
     """
     s, device = model.settings, next(model.parameters()).device
     if image.dtype != torch.uint8:
         raise ValueError(f"an image of {image.dtype}: predict takes uint8, 0 to 255")
     image = normalize(image.to(device, non_blocking=True))
+    height, width = image.shape[2:]
+    size = s.crop if s.sliding else max(height, width)
+    total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
+
+    def starts(side):
+        last, stride = max(side - size, 0), max(size * 2 // 3, 1)
+        return [min(at, last) for at in range(0, last + stride, stride)]
+
     with autocast(device):
-        if not s.sliding:
-            return model(image).float().softmax(1)
-        size, (height, width) = s.crop, image.shape[2:]
-        total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
-
-        def starts(side):
-            last, stride = max(side - size, 0), size * 2 // 3
-            return [min(at, last) for at in range(0, last + stride, stride)]
-
         for y in starts(height):
             for x in starts(width):
                 window = (..., slice(y, y + size), slice(x, x + size))
                 total[window] += model(image[window]).float().softmax(1)
                 count[window] += 1
-        return total / count
+    return total / count
 
 
 @torch.no_grad()
