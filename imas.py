@@ -676,6 +676,23 @@ class Learner(NamedTuple):
 MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")           # what loss_of_share reports of a share
 
 
+def adapted_views(weak, strong, gamma, step, share, s):
+    """Section 5 put together: (intensity view [B, 3, H, W], CutMix view or None, partners [B] and boxes bool [B, H, W] or None).
+
+    The intensity view has strong colours, the less of them the harder the image. The CutMix view is made of weak images, with
+    probability mean(1 - gamma) for the share, and mixes hard ones with easy ones. What s.adapt leaves out does not follow gamma.
+    The draws are seeded by (s.seed, step, share) and come in the order coin, partners, boxes.
+    """
+    intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
+    generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
+    gamma = gamma.cpu()                                      # the host waits for the device
+    if torch.rand((), generator=generator) >= ((1 - gamma).mean() if "cutmix" in s.adapt else 0.5):
+        return intensity, None, None, None
+    partner = pair_hard_easy(gamma) if "cutmix" in s.adapt else torch.randperm(len(gamma), generator=generator)
+    partner, box = (x.to(weak.device, non_blocking=True) for x in (partner, cutmix_boxes(len(gamma), *weak.shape[2:], generator)))
+    return intensity, torch.where(box.unsqueeze(1), weak[partner], weak), partner, box
+
+
 def loss_of_share(learner, images, step, share, s):
     """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one share, and its record.
 
@@ -687,7 +704,7 @@ def loss_of_share(learner, images, step, share, s):
     student, teacher, device = learner.student, learner.teacher, images["image"].device
     views, targets = [normalize(images["image"])], []    # what the student is to see; the teacher's labels of the last ones
     gamma, index, confident = torch.zeros(0, device=device), torch.zeros(0, dtype=torch.int64), torch.zeros((), device=device)
-    cutmix = None
+    mixed = None
 
     if "weak" in images:
         weak, strong = normalize(images["weak"]), normalize(images["strong"])
@@ -705,13 +722,11 @@ def loss_of_share(learner, images, step, share, s):
         # undistorted images, those of the hardness above and of every evaluation.
         if s.weak_in_batch:
             views.append(weak)
-        # The intensity view: strong colours, the less of them the harder the image.
-        views.append(adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong)
-        # The CutMix view, of weak images: made with probability mean(1 - gamma), hard images mixed with easy ones.
-        cutmix = draw_cutmix(gamma.cpu(), *weak.shape[2:], step, share, s)                    # the host waits for the device
-        if cutmix:
-            partner, box = (x.to(device, non_blocking=True) for x in cutmix)                  # [B], [B, H, W]
-            views.append(torch.where(box.unsqueeze(1), weak[partner], weak))
+        # The two views that follow hardness; of the CutMix view the labels are pasted together as the images are.
+        intensity, mixed, partner, box = adapted_views(weak, strong, gamma, step, share, s)
+        views.append(intensity)
+        if mixed is not None:
+            views.append(mixed)
             targets.append({name: torch.where(box, x[partner], x) for name, x in targets[0].items()})
 
     # The student looks at everything at once.
@@ -726,7 +741,7 @@ def loss_of_share(learner, images, step, share, s):
                 for of_view, target in zip(logits[-len(targets):], targets)]         # none without targets
     loss_u = torch.stack(losses_u).mean() if losses_u else torch.zeros_like(loss_x)
 
-    fired = torch.full_like(confident, cutmix is not None)
+    fired = torch.full_like(confident, mixed is not None)
     measured = torch.stack([loss_x, loss_u, gamma.sum() / max(len(gamma), 1), confident, fired]).detach()
     return loss_x + s.lambda_u * loss_u, {"step": step, "share": share, "measured": measured, "index": index, "gamma": gamma}
 
@@ -759,18 +774,6 @@ def train_step(learner, batch, step, teacher_step, s, device):
     average_running_statistics(student)
     update_teacher(teacher, student, teacher_step, s.ema_decay)
     return records
-
-
-def draw_cutmix(gamma, height, width, step, share, s):
-    """The partners [B] and the boxes bool [B, height, width] of a share's CutMix view, or None where it is not made.
-
-    gamma: [B] on the CPU. The draws are seeded by (s.seed, step, share) and come in the order coin, partners, boxes.
-    """
-    generator = torch.Generator().manual_seed(int(np.random.default_rng((s.seed, step, share)).integers(2**63)))
-    if torch.rand((), generator=generator) >= ((1 - gamma).mean() if "cutmix" in s.adapt else 0.5):
-        return None
-    partner = pair_hard_easy(gamma) if "cutmix" in s.adapt else torch.randperm(len(gamma), generator=generator)
-    return partner, cutmix_boxes(len(gamma), height, width, generator)
 
 
 def autocast(device):
@@ -1037,20 +1040,16 @@ def draw_unlabeled(model, records, data, path):
     for g, n, i in seen[:2] + seen[2:][-2:]:
         step, share, gamma = (records[n][name] for name in ("step", "share", "gamma"))
         images = data[data.keys(step, share)]
-        weak, strong, drawn = images["weak"], images["strong"], draw_cutmix(gamma, s.crop, s.crop, step, share, s)
-        if "intensity" in s.adapt:
-            strong = adapt_intensity(weak.float(), strong.float(), gamma).byte()
-        mixed = torch.full_like(weak[i], 255)                # blank where there was no CutMix view
-        if drawn:
-            partner, box = drawn[0][i], drawn[1][i]
-            mixed = torch.where(box, weak[partner], weak[i])
-            if box.any():
-                mixed = draw_bounding_boxes(mixed, masks_to_boxes(box[None]), colors="magenta", width=math.ceil(s.crop / 100))
+        weak = images["weak"]
+        intensity, mixed, _, box = adapted_views(weak.float(), images["strong"].float(), gamma, step, share, s)
+        mixed = torch.full_like(weak[i], 255) if mixed is None else mixed[i].byte()          # blank where there was none
+        if box is not None and box[i].any():
+            mixed = draw_bounding_boxes(mixed, masks_to_boxes(box[i:i + 1]), colors="magenta", width=math.ceil(s.crop / 100))
         confidence, label = predict(model, weak[i:i + 1])[0].cpu().max(0)
         colours = pil_to_tensor(paint(torch.where(images["valid"][i], label, IGNORE), s).convert("RGB"))
         pale = torch.where(confidence >= s.tau, colours, 191 + colours // 4)
         caption = f"hardness {g:.2f}: {Path(data.samples[UNLABELED][images['index'][i]].id).name}"
-        rows.append((caption, [to_pil_image(view) for view in (weak[i], strong[i], mixed, pale)]))
+        rows.append((caption, [to_pil_image(view) for view in (weak[i], intensity[i].byte(), mixed, pale)]))
     if rows:
         save_sheet(path, rows, ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})"), s)
 
