@@ -7,11 +7,12 @@ Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the pap
     python imas.py --dataset PATH --num-classes N --labeled K  your own pictures
     python imas.py --help                                      all flags, scoring, labeling, curves
 
-A student network learns from a few labeled images and many unlabeled ones, whose labels a teacher
-makes up: the running mean of the student. Where the two disagree about an image, it is hard: its
-labels are not to be trusted, and distorting it further would hurt. So each unlabeled image has a
-hardness gamma in [0, 1] (section 4), which steers how it is distorted and mixed (5), and how much
-it counts in the loss (6). Section 8 is the whole algorithm: begin there.
+A student network learns from a few labeled images and many unlabeled ones. Their labels are made up
+by a teacher, whose weights are the running mean of the student's. Where the two disagree about an
+image, it is hard: its labels are not to be trusted, and distorting it further would hurt. So it has
+a hardness gamma in [0, 1] (section 4), which steers how it is distorted and mixed (5), and how much
+it counts (6); as the two learn to agree, more is asked. Section 8, share_loss, is the algorithm:
+begin there. "Released" is the authors' code.
 """
 
 import argparse
@@ -65,7 +66,7 @@ def require(fine, line):
 
 @contextmanager
 def explained(what, advice):
-    """Turn an error within into a UserError."""
+    """Turn errors within into UserError."""
     try:
         yield
     except Exception as error:
@@ -77,12 +78,12 @@ def explained(what, advice):
 
 @dataclasses.dataclass
 class Settings:
-    """All settings, each a flag, its comment the help. A dataset's preset goes before these."""
+    """All settings, each a flag with its comment for help; PRESETS override these defaults."""
     dataset: str = "demo"  # demo, voc, cityscapes, camvid, or a folder
     root: str = ""  # folder of the data: data/DATASET
     out: str = ""  # folder of the run: runs/DATASET-LABELED-METHOD-SEED
     labeled: str = ""  # how many images keep labels, or a list of ids
-    method: Literal["imas", "uniform", "supervised"] = "imas"  # supervised: labeled images alone
+    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: no hardness
     adapt: str = "intensity,cutmix,loss"  # which of these follow hardness, or none
     num_classes: int = 0  # in the masks, background included
     class_names: str = ""  # from class 0 on: sky,road,...
@@ -91,16 +92,16 @@ class Settings:
     weights: Literal["imagenet", "none"] = "imagenet"  # of the backbone
     output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # long side in pixels before scaling; 0: as it is
+    base_size: int = 0  # long side in pixels before random scaling; 0: as it is
     min_scale: float = 0.5  # random scaling from here ...
     max_scale: float = 2.0  # ... to here
-    crop: int = 513  # side; best a multiple of the stride, plus 1
+    crop: int = 513  # side in pixels
     batch: int = 16  # labeled images a step, and unlabeled ones, of all processes
     accumulate: int = 1  # shares of a process's batch; raise it to save memory
     epochs: int = 80  # passes over the unlabeled images, warm-up included
     warmup_epochs: int = 0  # supervised ones; without weights take a few
     lr: float = 0.001  # falls as (1 - step/steps)^0.9
-    head_lr: float = 10.0  # all but the backbone learn so much faster
+    head_lr: float = 10.0  # factor of lr for all but the backbone
     momentum: float = 0.9  # of SGD
     weight_decay: float = 1e-4  # of SGD
     tau: float = 0.95  # confidence from which pseudo-labels count
@@ -129,7 +130,7 @@ CITYSCAPES = [c.name for c in torchvision.datasets.Cityscapes.classes if 0 <= c.
 CAMVID = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 PRESETS = {
     "voc": dict(num_classes=21, class_names=VOC, backbone="resnet101", base_size=500),
-    # As released, class 0 of Cityscapes, road, is left out of hardness too.
+    # As released, Cityscapes' class 0, road, is left out of hardness too.
     "cityscapes": dict(
         num_classes=19, class_names=",".join(CITYSCAPES), base_size=2048, crop=769, lr=0.01,
         head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7, ohem=True, aux_weight=0.4,
@@ -149,10 +150,10 @@ PRESETS = {
 def check_settings(s):
     """UserError for the first value out of its limits."""
     for name, value in vars(s).items():
-        low = name in ("width", "crop", "batch", "accumulate", "epochs", "eval_every")
+        low = {"crop": 32, "width": 1, "accumulate": 1, "epochs": 1, "eval_every": 1}.get(name, 0)
         high = 1 if name in ("momentum", "tau", "ema_decay") else 1e9
         require(type(value) not in (int, float) or low <= value <= high,
-                f"--{name.replace('_', '-')} {value} is not from {low:d} to {high:g}")
+                f"--{name.replace('_', '-')} {value} is not from {low} to {high:g}")
     names, classes = s.class_names.split(","), range(s.num_classes)
     require(1 < s.num_classes < 256, "--num-classes is missing, or not from 2 to 255")
     require(len(names) == len(classes), f"--class-names: {len(names)} for {len(classes)} classes")
@@ -196,10 +197,10 @@ def find_samples(s, ids, with_masks):
 
 def find_data(s):
     """The images of a run, labeled, unlabeled, validation; and where the labels are from."""
-    lists, listed = Path(s.root, "ImageSets/Segmentation"), Path(s.labeled)
-    train = lists / ("train_aug.txt" if (lists / "train_aug.txt").is_file() else "train.txt")
-    validation, pool = find_samples(s, read_ids(lists / "val.txt"), True), read_ids(train)
-    require(s.labeled, "--labeled is missing: a number of images, or a file with their ids")
+    folder, listed = Path(s.root, "ImageSets/Segmentation"), Path(s.labeled)
+    train = folder / ("train_aug.txt" if (folder / "train_aug.txt").is_file() else "train.txt")
+    validation, pool = find_samples(s, read_ids(folder / "val.txt"), True), read_ids(train)
+    require(s.labeled, "--labeled is missing: a number of images, or a list of ids")
     if s.labeled.isdecimal():
         listed = Path(s.root, "splits", s.labeled, "labeled.txt")
     if listed.is_file() or not s.labeled.isdecimal():
@@ -246,8 +247,8 @@ def read_sample(sample, num_classes):
     fine = labels.ndim == 2 and stored <= {*range(num_classes), IGNORE}
     black_and_white = mask.mode == "L" and num_classes == 2 and stored == {0, IGNORE}
     require(fine and not black_and_white, f"the mask {sample.mask} ({mask.mode}) holds "
-            f"{sorted(stored)[:9]}, not 0 to {num_classes - 1} and {IGNORE}, ignored: make classes "
-            "of colours, or 0 and 255, by python data/prepare.py own SOURCE --root FOLDER")
+            f"{sorted(stored)[:9]}, not classes 0 to {num_classes - 1} or {IGNORE}: make them by "
+            "python data/prepare.py own SOURCE --root FOLDER")
     require(mask.size == image.size, f"{sample.mask} lies on its side: turn it as its image")
     return image, Image.fromarray(labels.astype(np.uint8))
 
@@ -259,13 +260,13 @@ def weak_augment(image, mask, s, rng):
     """
     factor = rng.uniform(s.min_scale, s.max_scale)
     factor *= s.base_size / max(image.size) if s.base_size else 1
-    width, height = (max(1, round(side * factor)) for side in image.size)  # scaled picture
-    w, h = min(width, s.crop), min(height, s.crop)  # window in it
+    width, height = (max(1, round(side * factor)) for side in image.size)
+    w, h = min(width, s.crop), min(height, s.crop)  # the window
     x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     flip, sx, sy = rng.random() < 0.5, image.width / width, image.height / height
     box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
-    image = image.resize((w, h), Image.Resampling.BILINEAR, box=box)
-    mask = mask.resize((w, h), Image.Resampling.NEAREST, box=box)
+    image = image.resize((w, h), Image.BILINEAR, box=box)
+    mask = mask.resize((w, h), Image.NEAREST, box=box)
     return (ImageOps.mirror(image), ImageOps.mirror(mask)) if flip else (image, mask)
 
 
@@ -333,8 +334,8 @@ def epoch_loader(samples, epoch, steps, batch, s):
 
 
 def epoch_batches(labeled, unlabeled, epoch, steps, s):
-    """An epoch's batches, labeled and unlabeled images in one dict, as of training_batch; in the
-    warm-up and a supervised run twice as many labeled ones."""
+    """An epoch's batches, labeled and unlabeled images in one dict; in the warm-up and a supervised
+    run twice as many labeled ones."""
     if s.method == "supervised" or epoch < s.warmup_epochs:
         return epoch_loader(labeled, epoch, steps, 2 * s.batch, s)
     kinds = (epoch_loader(samples, epoch, steps, s.batch, s) for samples in (labeled, unlabeled))
@@ -343,7 +344,7 @@ def epoch_batches(labeled, unlabeled, epoch, steps, s):
 
 def normalize(images):
     """uint8 [B, 3, H, W] -> float32, ImageNet's mean and deviation, channels-last."""
-    channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]  # no constant to copy
+    channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]
     return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
 
@@ -389,8 +390,7 @@ class DeepLabV3Plus(nn.Module):
 
 
 def dilated_resnet(name, weights, output_stride):
-    """torchvision's ResNet, its last strides turned into dilations (by torchvision it would be of
-    Bottlenecks alone), layer4 multi-grid."""
+    """torchvision's ResNet, its last strides turned into dilations; layer4 is multi-grid."""
     if name == "resnet8":
         net = ResNet(BasicBlock, [1, 1, 1, 1])
         net.layer4 = nn.Identity()
@@ -399,9 +399,9 @@ def dilated_resnet(name, weights, output_stride):
             weights = "IMAGENET1K_V1" if weights == "imagenet" else None
             net = getattr(torchvision.models, name)(weights=weights)
     del net.avgpool, net.fc
-    layer3 = [] if output_stride == 16 else [(block, 2) for block in net.layer3]
-    grid = zip(net.layer4.children(), (1, 2, 4))
-    for block, rate in layer3 + [(block, 32 // output_stride * k) for block, k in grid]:
+    rates = [1] + [2] * 22 if output_stride == 8 else []  # the first block's: the stage before's
+    grid = [32 // output_stride * k for k in (1, 2, 4)]
+    for block, rate in [*zip(net.layer3, rates), *zip(net.layer4.children(), grid)]:
         for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
             conv.stride = (1, 1)
             if conv.kernel_size == (3, 3):
@@ -415,18 +415,18 @@ def dilated_resnet(name, weights, output_stride):
 def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
     """Hardness gamma of each image: how little student and teacher agree, and how unsure they are.
 
-    Section "Quantitative hardness analysis" of the paper. With p^s, p^t the networks' softmax:
+    Section "Quantitative hardness analysis": class-weighted symmetric IoU. p^s, p^t: softmax.
 
         rho(p)      = share of pixels whose highest probability is >= tau
         IoU_k       = IoU of class k between argmax p^s and argmax p^t; 0 where neither predicts k
-        wIoU(q | r) = sum_k w_k IoU_k, w_k = share of class k among the pixels that r predicts,
-                      `background` left out
+        wIoU(q | r) = sum_k w_k IoU_k, w_k = share of class k in argmax r, renormalised without
+                      `background`
         gamma       = 1 - 1/2 [ rho(p^s) wIoU(p^t | p^s) + rho(p^t) wIoU(p^s | p^t) ]
 
     Both logits: float [B, C, H, W], in eval mode and without gradient; tau in [0, 1]; background:
     a class or None; valid: bool [B, H, W], False for padding: shares are of the valid pixels.
-    Returns float32 [B] in [0, 1], 1 = hardest (released code calls 1 - gamma "hardness"); 1 where
-    background alone is predicted. While the teacher is the student, it is 1 - rho.
+    Returns float32 [B] in [0, 1], 1 = hardest. (Released, 1 - gamma is called hardness.) While the
+    teacher is the student, it is 1 - rho; but where background alone is predicted, it is 1.
     """
     B, C, H, W = student_logits.shape
     if valid is None:
@@ -434,21 +434,21 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
 
     def rho_and_label(logits):  # -> rho [B], argmax [B, H, W]
         top, label = logits.float().max(1)
-        confidence = (top - logits.float().logsumexp(1)).exp()  # the softmax's highest value
+        confidence = (top - logits.float().logsumexp(1)).exp()
         rho = ((confidence >= tau) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
         return rho, label
 
     rho_s, label_s = rho_and_label(student_logits)
     rho_t, label_t = rho_and_label(teacher_logits)
-    # Count the pixels of each (image, teacher's class, student's class): one histogram for all.
-    image = torch.arange(B, device=valid.device).view(B, 1, 1)
-    cell = ((image * C + label_t) * C + label_s).flatten()
+    # Count the pixels of each [image, teacher's class, student's class]: one histogram for all.
+    i = torch.arange(B, device=valid.device).view(B, 1, 1)
+    cell = ((i * C + label_t) * C + label_s).flatten()
     count = torch.zeros(B * C * C, dtype=torch.int64, device=valid.device)
     count = count.scatter_add_(0, cell, valid.flatten().long()).view(B, C, C)
     n_t, n_s, both = count.sum(2), count.sum(1), count.diagonal(dim1=1, dim2=2)  # [B, C] each
     iou = both / (n_t + n_s - both).clamp(min=1)
 
-    def weighted_iou(n):  # n [B, C]: r's pixels of each class
+    def weighted_iou(n):  # n [B, C]: r's pixels; n_s for wIoU(p^t | p^s)
         if background is not None:
             n = n.clone()
             n[:, background] = 0
@@ -511,8 +511,8 @@ def supervised_loss(logits, target):
 def ohem_cross_entropy(logits, target, threshold, min_kept, ignore=255):
     """L_x of Cityscapes: cross entropy of hard pixels alone (OHEM, Shrivastava et al., CVPR 2016).
 
-    Hard: the true class has probability <= threshold; or, if these are few, the min_kept least
-    probable pixels and all that are as probable as the last of them.
+    Hard: the true class has probability <= threshold; if they are fewer than min_kept, the min_kept
+    least probable pixels, and any as probable as the last of them.
     logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1 or `ignore`. -> scalar, 0 if empty
     """
     loss = torch.nn.functional.cross_entropy(
@@ -551,7 +551,7 @@ def update_teacher(teacher, student, step, decay):
 
     Parameters and BatchNorm's running statistics alike, in place; integer buffers are copied.
     step: optimizer steps since the warm-up's end, but 0 till the first epoch with unlabeled images
-    is over: alpha is then 0, the teacher the student. ValueError if the modules differ.
+    is over: alpha is then 0, the teacher the student, as released.
     """
     alpha = min(1 - 1 / (step + 1), decay)
     pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
@@ -564,8 +564,8 @@ def update_teacher(teacher, student, step, decay):
 
 # 8 ---------- one training step
 
-Learner = namedtuple("Learner", "student parallel teacher optimizer schedule")  # parallel: by DDP
-MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")  # of each share
+Learner = namedtuple("Learner", "student parallel teacher optimizer schedule")
+MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")
 
 
 def train_step(learner, batch, step, teacher_step, s, device):
@@ -579,7 +579,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
     for k in range(s.accumulate):
         images = {name: x.chunk(s.accumulate)[k].to(device, non_blocking=True)
                   for name, x in batch.items()}
-        # Processes average their gradients once a step, with the last share.
+        # Processes average gradients once a step, with the last share.
         apart = WORLD > 1 and k + 1 < s.accumulate
         with learner.parallel.no_sync() if apart else nullcontext():
             loss, *result = share_loss(learner, images, step, RANK * s.accumulate + k, s)
@@ -600,8 +600,9 @@ def train_step(learner, batch, step, teacher_step, s, device):
 def share_loss(learner, images, step, share, s):
     """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one share.
 
-    images: a batch of training_batch, on the device; in the warm-up and a supervised run without
-    unlabeled ones. Returns the loss, MEASURED [5], gamma [B], whether there is a CutMix view.
+    images: of training_batch; in the warm-up and a supervised run without unlabeled ones.
+    L_u: the intensity view's, or both views' mean where there is a CutMix view.
+    Returns the loss, MEASURED [5], gamma [B], whether there is a CutMix view.
     """
     student, teacher, label = learner.student, learner.teacher, images["label"].long()
     gamma, zero, mixed = label.new_zeros(0).float(), label.new_zeros(()).float(), None
@@ -619,25 +620,25 @@ def share_loss(learner, images, step, share, s):
         confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
         del logits_s, logits_t  # their memory
         intensity, mixed, partner, box = adapted_views(weak, strong, gamma, step, share, s)
-        # No loss looks at u's own output. It is there for BatchNorm's running statistics, which
-        # are to fit clean images: the ones that hardness and evaluation see.
+        # No loss looks at u's output. It is there for BatchNorm's running statistics, which are
+        # to fit clean images, those that hardness and evaluation see.
         views += [weak, intensity] if mixed is None else [weak, intensity, mixed]
 
     with autocast(label.device):  # one forward with gradient
         output = learner.parallel(torch.cat(views))
     logits, auxiliary = output if s.aux_weight else (output, None)
-    logits = logits.split([len(view) for view in views])
+    x, *u = logits.split([len(view) for view in views])  # u: weak, intensity, CutMix
 
-    loss_x = labeled_loss(logits[0], label, s)
+    loss_x = labeled_loss(x, label, s)
     if s.aux_weight:
         loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label, s)
     if "weak" in images:
-        weight = gamma if "loss" in s.adapt else None
-        loss_u = consistency_loss(logits[2], pseudo_label, confidence, s.tau, weight, valid)
+        gamma_u = gamma if "loss" in s.adapt else None
+        loss_u = consistency_loss(u[1], pseudo_label, confidence, s.tau, gamma_u, valid)
     if mixed is not None:  # labels are pasted as images are
         label_m, confidence_m, valid_m = (
             torch.where(box, x[partner], x) for x in (pseudo_label, confidence, valid))
-        loss_m = consistency_loss(logits[3], label_m, confidence_m, s.tau, weight, valid_m)
+        loss_m = consistency_loss(u[2], label_m, confidence_m, s.tau, gamma_u, valid_m)
         loss_u = (loss_u + loss_m) / 2
 
     values = loss_x, loss_u, gamma.sum() / len(label), confident, zero + (mixed is not None)
@@ -647,7 +648,7 @@ def share_loss(learner, images, step, share, s):
 def adapted_views(weak, strong, gamma, step, share, s):
     """Section 5 put together: the two views of the weak images, float [B, 3, H, W].
 
-    The intensity view has strong colours, the less the harder the image. The CutMix view, made with
+    The intensity view is distorted, the less the harder the image. The CutMix view, made with
     probability mean(1 - gamma), mixes hard images with easy ones. What s.adapt leaves out does not
     follow gamma: then the probability is 1/2, as released, and partners are random.
     Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
@@ -668,9 +669,9 @@ def adapted_views(weak, strong, gamma, step, share, s):
 
 
 def labeled_loss(logits, label, s):
-    """L_x of one output, of Cityscapes by OHEM: at least 100 000 pixels of the share."""
+    """L_x of one output; OHEM keeps at least 50 000 pixels for each image of the share."""
     if s.ohem:
-        return ohem_cross_entropy(logits, label, 0.7, min_kept=100_000)
+        return ohem_cross_entropy(logits, label, 0.7, min_kept=50_000 * len(logits))
     return supervised_loss(logits, label)
 
 
@@ -683,10 +684,8 @@ def autocast(device):
 # 9 ---------- evaluation
 
 def confusion_matrix(prediction, target, num_classes):
-    """int64 [C, C]: the pixels of each true class (row) predicted as each (column).
-
-    prediction, target: integer tensors of one shape, 0..C-1; target 255 is left out.
-    """
+    """int64 [C, C]: the pixels of each true class (row) predicted as each (column). Both maps:
+    integer tensors of one shape, 0..C-1; target 255 is left out."""
     counted = (target != IGNORE).flatten()
     cell = target.long().flatten() * num_classes + prediction.long().flatten()
     count = torch.zeros(num_classes**2, dtype=torch.int64, device=target.device)
@@ -703,10 +702,10 @@ def iou_per_class(confusion):
 
 @torch.no_grad()
 def predict(model, image):
-    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W], by a model of `load`.
+    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W]; `model` as of load.
 
-    It goes through whole; with `sliding` the result is the mean over windows of crop x crop, each
-    2/3 of one from the one before, the last flush with the border.
+    It goes through whole; with `sliding` by windows of crop x crop, each 2/3 of one from the one
+    before, the last flush with the border, averaged where they overlap.
     """
     s, image = model.settings, normalize(image.to(next(model.parameters()).device))
     height, width = image.shape[2:]
@@ -754,11 +753,13 @@ def set_up_device(s):
             torch.cuda.set_device(device)
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    s.workers = min(s.workers, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // 2, 1))
     return device
 
 
 def build_model(s, weights=None):
-    """The network of the Settings `s`, which are its attribute `settings`."""
+    """The network of `s`, which are its attribute `settings`."""
     model = DeepLabV3Plus(
         s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
     model.settings = s
@@ -771,6 +772,9 @@ def build_learner(s, device, steps):
     student = build_model(s, s.weights).to(device, memory_format=torch.channels_last).train()
     if WORLD > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    for m in student.modules():
+        if hasattr(m, "momentum"):  # BatchNorm: K shares move its statistics as far as one
+            m.momentum /= s.accumulate
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     parallel = student
     if WORLD > 1:
@@ -816,7 +820,7 @@ def save_sheet(path, titles, rows, s):
         draw.text((4, 24 + 224 * row), caption, "black", font)
         for column, picture in enumerate(pictures):
             draw.text((4 + 205 * column, 4), titles[column], "black", font)
-            tile = ImageOps.pad(picture.convert("RGB"), (200, 200), Image.Resampling.BOX, "white")
+            tile = ImageOps.pad(picture.convert("RGB"), (200, 200), Image.BOX, "white")
             page.paste(tile, (4 + 205 * column, 44 + 224 * row))
     for i, (name, colour) in enumerate(zip([*names, "ignored"], [*class_colours(s), "white"])):
         x, y = 4 + i % 7 * 116, below + i // 7 * 22
@@ -837,8 +841,8 @@ def draw_samples(model, samples, path):
 
 
 def draw_unlabeled(model, batch, gamma, step, samples, path):
-    """Write a sheet of the two easiest and two hardest images of a step's first share, which has a
-    CutMix view: what training saw, and what `model` says now."""
+    """Write a sheet of the two easiest and two hardest images in the first share of a step: what
+    training saw, what `model` says now."""
     rows, s = [], model.settings
     weak, strong, valid, index = (batch[name].chunk(s.accumulate)[0]
                                   for name in ("weak", "strong", "valid", "index"))
@@ -846,9 +850,8 @@ def draw_unlabeled(model, batch, gamma, step, samples, path):
     intensity, mixed, _, box = adapted_views(weak.float(), strong.float(), gamma, step, 0, s)
     order = gamma.argsort(stable=True).tolist()
     for i in order[:2] + order[2:][-2:]:
-        cutmix = mixed[i].byte()
-        if box[i].any():  # at the border it may be empty
-            cutmix = draw_bounding_boxes(cutmix, masks_to_boxes(box[i:i + 1]), colors="magenta")
+        corners = masks_to_boxes(box[i:i + 1])
+        cutmix = draw_bounding_boxes(mixed[i].byte(), corners, colors="magenta")
         confidence, label = predict(model, weak[i:i + 1])[0].cpu().max(0)
         pseudo = pil_to_tensor(paint(torch.where(valid[i], label, IGNORE), s).convert("RGB"))
         pseudo = torch.where(confidence >= s.tau, pseudo, 191 + pseudo // 4)
@@ -859,41 +862,41 @@ def draw_unlabeled(model, batch, gamma, step, samples, path):
 
 
 def plot(runs, path):
-    """Draw log.csv of the folders `runs`, and the hardness of their easiest and hardest images (the
-    paper's Figure 3c). UserError without matplotlib."""
-    with explained("no curves", "pip install matplotlib, then python imas.py --plot RUN"):
+    """Draw log.csv of the folders `runs`, and the hardness of their easiest and hardest images: the
+    paper's Figure 3c."""
+    with explained("no curves", "they take pip install matplotlib, and runs after an epoch"):
         from matplotlib.figure import Figure
+        logs = [np.genfromtxt(f"{run}/log.csv", None, delimiter=",", names=True) for run in runs]
+        tables = [Path(run, "hardness.csv").read_text().splitlines() for run in runs]
     figure = Figure((9, 6.4), layout="constrained")
     miou, loss, mean, single = figure.subplots(2, 2).flat
-    for run in runs:
-        with explained(f"--plot {run}", "name the folder of a run, after an epoch"):
-            log, courses = np.genfromtxt(f"{run}/log.csv", None, delimiter=",", names=True), {}
-            with open(f"{run}/hardness.csv", encoding="utf-8") as file:
-                for row in csv.DictReader(file):
-                    courses.setdefault(row["id"], []).append(float(row["hardness"]))
+    for run, log, table in zip(runs, logs, tables):
         for axis, column in ((miou, "miou"), (loss, "loss_x"), (loss, "loss_u"), (mean, "hardness"),
                              (mean, "confident")):
             x, y = np.atleast_1d(log["epoch"], log[column])
             axis.plot(x[y == y], y[y == y], ".-", label=f"{Path(run).name} {column}")
             axis.legend(fontsize=8)
-        courses = sorted(courses.values(), key=np.mean)
+        courses = defaultdict(list)
+        for row in csv.DictReader(table):
+            courses[row["id"]].append((int(row["epoch"]), float(row["hardness"])))
+        courses = sorted(courses.values(), key=lambda course: np.mean(course, 0)[1])
         for course in courses[:3] + courses[3:][-3:]:
-            single.plot(course)
-    single.set_title("hardness of single images")
+            single.plot(*zip(*course))
+    single.set_title("hardness of single images, by epoch")
     save(path, lambda file: figure.savefig(file, format="png"))
 
 
-TRAINED = ("student", "teacher", "optimizer", "schedule")  # in last.pt
+TRAINED = ("student", "teacher", "optimizer", "schedule")
 FREE = ("device", "workers", "root", "out", "accumulate")  # on resuming
 COLUMNS = ("epoch", "steps", "lr", *MEASURED, "miou", "seconds")  # of log.csv
 
 
 def begin_run(s, device, resume):
-    """A run, new or as its last epoch left it: images, Learner, the rest of last.pt (of which
-    "fixed" may not change), steps of an epoch."""
+    """A run, new or as last.pt has it: images, Learner, the rest of last.pt ("fixed" is what may
+    not change), steps of an epoch."""
     shares, out, last = WORLD * s.accumulate, Path(s.out), Path(s.out, "last.pt")
     require(s.batch % shares == 0 and s.batch >= 2 * shares, f"--batch {s.batch} does not make "
-            f"{shares} equal shares (processes x --accumulate) of 2 images or more")
+            f"{shares} shares (processes x --accumulate) of 2 images or more")
     *images, note = find_data(s)
     found = [resume and last.exists()]
     if WORLD > 1:
@@ -913,7 +916,8 @@ def begin_run(s, device, resume):
         run = {name: saved[name] for name in run}
         for name in TRAINED:
             getattr(learner, name).load_state_dict(saved[name])
-        write_tables(s, run)
+        if RANK == 0:
+            write_tables(s, run)
     if RANK == 0:
         labeled, unlabeled, validation = map(len, images)
         print(f"{labeled} labeled images ({note}), {unlabeled} unlabeled, {validation} validation; "
@@ -930,6 +934,7 @@ def train(s, device, images, learner, run, steps):
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
         batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
         for step, batch in enumerate(batches, epoch * steps):
+            # 0 through the first epoch with unlabeled images: the teacher is the student.
             teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
             values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
             measured.append(values)
@@ -937,7 +942,7 @@ def train(s, device, images, learner, run, steps):
                 gammas[batch["index"].to(device)] = gamma
             if mixed:
                 example = batch, gamma, step
-            if RANK == 0 and (step + 1) % 100 == 0:  # seldom: the host waits
+            if RANK == 0 and (step + 1) % 100 == 0:  # the host waits
                 require(values.isfinite().all(), broken)
                 print(f"step {step + 1}/{s.epochs * steps}  loss_x {values[-1, 0]:.3f}", flush=True)
 
@@ -962,13 +967,12 @@ def train(s, device, images, learner, run, steps):
         print(f"done: the teacher's best mIoU is {run['best']:.2f}, that of {out / 'best.pt'}")
         try:
             plot([out], out / "curves.png")
-        except UserError as error:  # no matplotlib
+        except UserError as error:
             print(error)
 
 
 def end_epoch(s, learner, run, row, gammas):
-    """Process 0 adds an epoch to the state `run`, and writes it all. row: COLUMNS; gammas: of
-    (Sample, gamma), -1 if not seen."""
+    """Process 0 adds an epoch to `run`: its row of COLUMNS, and (Sample, gamma or -1) of all."""
     epoch, miou, out = row[0], row[-2], Path(s.out)
     run["epoch"] = epoch
     run["log.csv"] += ",".join(f"{value:.6g}" for value in row) + "\n"
@@ -981,15 +985,15 @@ def end_epoch(s, learner, run, row, gammas):
     trained = {name: getattr(learner, name).state_dict() for name in TRAINED}
     save(out / "last.pt", lambda file: torch.save({"settings": vars(s), **run, **trained}, file))
     write_tables(s, run)
-    print(*(f"{name} {value:.4g} " for name, value in zip(COLUMNS, row)), flush=True)
+    shown = (f"{name} {value:.4g} " for name, value in zip(COLUMNS, row) if value == value)
+    print(*shown, flush=True)
 
 
 def write_tables(s, run):
     """Process 0 writes the state's tables, and the settings."""
-    settings = json.dumps(vars(s), indent=1) + "\n"
-    for name in ("log.csv", "hardness.csv", "settings.json") if RANK == 0 else ():
-        text = run.get(name, settings)
-        save(Path(s.out, name), lambda file: file.write(text.encode()))
+    texts = run | {"settings.json": json.dumps(vars(s), indent=1) + "\n"}
+    for name in ("log.csv", "hardness.csv", "settings.json"):
+        save(Path(s.out, name), lambda file: file.write(texts[name].encode()))
 
 
 # 11 ---------- the command line
@@ -1055,9 +1059,9 @@ def load(checkpoint, device="cpu", s=None):
 def score(model, validation, checkpoint, device):
     """Print what `model` scores, in percent, as JSON; write it beside `checkpoint`."""
     iou, s = 100 * iou_per_class(evaluate(model, validation, device)), model.settings
-    of_class = [None if value != value else value for value in iou.tolist()]  # None: in no picture
+    of_class = [None if value != value else value for value in iou.tolist()]
     result = {"miou": iou.nanmean().item(), "iou": dict(zip(s.class_names.split(","), of_class)),
-              "images": len(validation), "data": s.root}
+              "images": len(validation)}
     if RANK == 0:
         text = json.dumps(result, indent=1)
         print(text)
@@ -1065,8 +1069,8 @@ def score(model, validation, checkpoint, device):
 
 
 def predict_pictures(model, names, out):
-    """Write NAME.png, a palette mask, and NAME_overlay.png into `out` for each picture of `names`,
-    files or folders. UserError at the end if some failed."""
+    """Write NAME.png, a palette mask, and NAME_overlay.png into `out` for all pictures in `names`,
+    files or folders; then UserError if some failed."""
     pictures, faults = [], []
     for name in names:
         pictures += sorted(Path(name).glob("*")) or [Path(name)]
@@ -1087,16 +1091,15 @@ def predict_pictures(model, names, out):
 
 
 def main(argv=None):
-    """Do what the command line says. A mistake ends in one line: of the first process while all set
-    up alike, later of the one that meets it."""
+    """Do what the command line says. A mistake ends in one line, of the first process while all set
+    up alike, else of the one that meets it."""
     tells, code = os.environ.get("LOCAL_RANK", "0") == "0", 2
     try:
         s, todo = parse(argv)
         if todo.plot:
             return plot(todo.plot, Path(todo.plot[0], "curves.png"))
         device = set_up_device(s)
-        demo = s.dataset == "demo" and not Path(s.root).exists() and not todo.predict
-        if demo and RANK == 0:
+        if s.dataset == "demo" and not (Path(s.root).exists() or todo.predict or RANK):
             with explained("no demo", "run python data/prepare.py demo --root FOLDER"):
                 runpy.run_path(str(HERE / "data/prepare.py"))["demo"](s.root)
         if WORLD > 1:
