@@ -151,7 +151,7 @@ def check_settings(s):
     """UserError for the first value out of its limits."""
     for name, value in vars(s).items():
         low = {"crop": 32, "width": 1, "accumulate": 1, "epochs": 1, "eval_every": 1}.get(name, 0)
-        high = 1 if name in ("momentum", "tau", "ema_decay") else 1e9
+        high = {"momentum": 1, "tau": 1, "ema_decay": 1, "min_scale": s.max_scale}.get(name, 1e9)
         require(type(value) not in (int, float) or low <= value <= high,
                 f"--{name.replace('_', '-')} {value} is not from {low} to {high:g}")
     names, classes = s.class_names.split(","), range(s.num_classes)
@@ -170,7 +170,7 @@ Sample = namedtuple("Sample", "id image mask")  # mask: None where labels are no
 
 def read_ids(path):
     """The ids in a list, one a line. A path names its id: JPEGImages/x.jpg is x."""
-    with explained("no list", "see --root, or python data/prepare.py own SOURCE --root FOLDER"):
+    with explained(f"no list {path}", "see --root, or python data/prepare.py own"):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     around = r"^[./]*(JPEGImages/)?|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
     ids = [re.sub(around, "", line.strip(), flags=re.I) for line in lines if line.strip()]
@@ -748,7 +748,7 @@ def set_up_device(s):
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     with explained(f"no device {name} for {WORLD} process(es)", "try --device cpu"):
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).cpu()
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if WORLD > 1:
