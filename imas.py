@@ -92,7 +92,7 @@ class Settings:
     weights: Literal["imagenet", "none"] = "imagenet"  # of the backbone
     output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # long side in pixels before random scaling; 0: as it is
+    base_size: int = 0  # long side before random scaling; 0: as it is
     min_scale: float = 0.5  # random scaling from here ...
     max_scale: float = 2.0  # ... to here
     crop: int = 513  # side in pixels
@@ -399,7 +399,7 @@ def dilated_resnet(name, weights, output_stride):
             weights = "IMAGENET1K_V1" if weights == "imagenet" else None
             net = getattr(torchvision.models, name)(weights=weights)
     del net.avgpool, net.fc
-    rates = [1] + [2] * 22 if output_stride == 8 else []  # the first block's: the stage before's
+    rates = [1] + [2] * 22 if output_stride == 8 else []  # the first block keeps layer2's
     grid = [32 // output_stride * k for k in (1, 2, 4)]
     for block, rate in [*zip(net.layer3, rates), *zip(net.layer4.children(), grid)]:
         for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
@@ -656,7 +656,7 @@ def adapted_views(weak, strong, gamma, step, share, s):
     intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
     seed = int(np.random.default_rng((s.seed, step, share)).integers(2**63))
     generator = torch.Generator().manual_seed(seed)
-    gamma = gamma.cpu()  # the host waits for the device
+    gamma = gamma.cpu()  # the host waits
     chance = (1 - gamma).mean() if "cutmix" in s.adapt else 0.5
     if torch.rand((), generator=generator) >= chance:
         return intensity, None, None, None
@@ -759,7 +759,7 @@ def set_up_device(s):
 
 
 def build_model(s, weights=None):
-    """The network of `s`, which are its attribute `settings`."""
+    """The network of `s`; `settings` keeps them."""
     model = DeepLabV3Plus(
         s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
     model.settings = s
@@ -779,7 +779,7 @@ def build_learner(s, device, steps):
     parallel = student
     if WORLD > 1:
         parallel = nn.parallel.DistributedDataParallel(student)
-        parallel.broadcast_buffers = False  # see train_step
+        parallel.broadcast_buffers = False
     head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
     groups = [{"params": student.backbone.parameters()}, {"params": head, "lr": s.lr * s.head_lr}]
     optimizer = torch.optim.SGD(groups, s.lr, s.momentum, weight_decay=s.weight_decay, foreach=True)
@@ -900,7 +900,7 @@ def begin_run(s, device, resume):
     *images, note = find_data(s)
     found = [resume and last.exists()]
     if WORLD > 1:
-        dist.broadcast_object_list(found)  # as process 0 sees it
+        dist.broadcast_object_list(found)  # by process 0
     require(found[0] or RANK > 0 or not (last.exists() or (out / "log.csv").exists()),
             f"{out} holds a run: --resume (from last.pt), delete it, or change --out")
     fixed = {name: value for name, value in vars(s).items() if name not in FREE}
@@ -908,7 +908,8 @@ def begin_run(s, device, resume):
     run = {"fixed": fixed, "epoch": 0, "best": -1.0, "log.csv": ",".join(COLUMNS) + "\n",
            "hardness.csv": "epoch,id,hardness\n"}
     steps = len(images[1]) // s.batch
-    learner = build_learner(s, device, s.epochs * steps)
+    fresh = dataclasses.replace(s, weights="none") if found[0] else s
+    learner = build_learner(fresh, device, s.epochs * steps)
     if found[0]:
         saved = load_checkpoint(last)
         changed = [name for name, value in fixed.items() if saved["fixed"].get(name) != value]
@@ -928,7 +929,7 @@ def begin_run(s, device, resume):
 def train(s, device, images, learner, run, steps):
     """The epochs of a run of begin_run: train, evaluate, draw, save."""
     (labeled, unlabeled, validation), out, teacher = images, Path(s.out), learner.teacher
-    broken = f"loss or weights are not finite: lower --lr, change --out; {out} is as it was"
+    broken = f"loss or weights not finite: lower --lr, change --out; {out} is as it was"
     for epoch in range(run["epoch"], s.epochs):
         begun, miou, measured, example = time.monotonic(), math.nan, [], None
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
@@ -976,9 +977,9 @@ def end_epoch(s, learner, run, row, gammas):
     epoch, miou, out = row[0], row[-2], Path(s.out)
     run["epoch"] = epoch
     run["log.csv"] += ",".join(f"{value:.6g}" for value in row) + "\n"
-    for sample, gamma in gammas:
-        run["hardness.csv"] += f"{epoch},{sample.id},{gamma:.6f}\n" if gamma >= 0 else ""
-    if miou > run["best"]:  # NaN, not evaluated, is not
+    run["hardness.csv"] += "".join(
+        f"{epoch},{sample.id},{gamma:.6f}\n" for sample, gamma in gammas if gamma >= 0)
+    if miou > run["best"]:  # never for NaN
         run["best"] = miou
         best = {"settings": vars(s), "epoch": epoch, "teacher": learner.teacher.state_dict()}
         save(out / "best.pt", lambda file: torch.save(best, file))
@@ -1105,7 +1106,8 @@ def main(argv=None):
         if WORLD > 1:
             dist.barrier()  # the demo is there
         if todo.predict:
-            predict_pictures(load(todo.checkpoint, device, s), todo.predict, s.out)
+            model, tells = load(todo.checkpoint, device, s), True
+            predict_pictures(model, todo.predict, s.out)
         elif todo.eval:
             ids = read_ids(Path(s.root, "ImageSets/Segmentation/val.txt"))
             model, validation, tells = load(todo.eval, device, s), find_samples(s, ids, True), True
