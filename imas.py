@@ -49,7 +49,7 @@ from torchvision.transforms.functional import adjust_hue, pil_to_tensor, to_pil_
 from torchvision.utils import draw_bounding_boxes
 
 HERE = Path(__file__).resolve().parent
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IGNORE = 255  # label of pixels that no loss and no score sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights
 
@@ -261,7 +261,7 @@ def weak_augment(image, mask, s, rng):
     factor = rng.uniform(s.min_scale, s.max_scale)
     factor *= s.base_size / max(image.size) if s.base_size else 1
     width, height = (max(1, round(side * factor)) for side in image.size)
-    w, h = min(width, s.crop), min(height, s.crop)  # the window
+    w, h = min(width, s.crop), min(height, s.crop)
     x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     flip, sx, sy = rng.random() < 0.5, image.width / width, image.height / height
     box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
@@ -1115,9 +1115,10 @@ def main(argv=None):
         else:
             run, tells = begin_run(s, device, todo.resume), True
             train(s, device, *run)
-        if WORLD > 1:
-            dist.destroy_process_group()
-        return
+        if WORLD == 1:
+            return
+        dist.destroy_process_group()
+        tells, code = False, 0
     except UserError as error:  # with a traceback, if from a worker
         line = str(error).strip().rpartition("UserError: ")[2]
     except KeyboardInterrupt:
@@ -1130,7 +1131,7 @@ def main(argv=None):
             code, line = 1, traceback.format_exc()
     if tells:
         print(f"imas.py: {line}", file=sys.stderr, flush=True)
-    if WORLD > 1:  # and wait for no other; torchrun ends them
+    if WORLD > 1:  # and wait for no other process
         sys.stdout.flush()
         os._exit(code)
     raise SystemExit(code)
