@@ -3,7 +3,7 @@
 Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the paper.
 
     python imas.py                                             the demo: on a CPU, in minutes
-    torchrun imas.py --dataset voc --labeled 183               VOC; on 4 GPUs: --nproc-per-node 4
+    torchrun imas.py --dataset voc --labeled 183               VOC on one GPU; README: on more
     python imas.py --dataset PATH --num-classes N --labeled K  your own pictures
     python imas.py --help                                      all flags, scoring, labeling, curves
 
@@ -83,7 +83,7 @@ class Settings:
     root: str = ""  # folder of the data: data/DATASET
     out: str = ""  # folder of the run: runs/DATASET-LABELED-METHOD-SEED
     labeled: str = ""  # how many images keep labels, or a list of ids
-    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: no hardness
+    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: --adapt none
     adapt: str = "intensity,cutmix,loss"  # which of these follow hardness, or none
     num_classes: int = 0  # in the masks, background included
     class_names: str = ""  # from class 0 on: sky,road,...
@@ -92,7 +92,7 @@ class Settings:
     weights: Literal["imagenet", "none"] = "imagenet"  # of the backbone
     output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # long side before random scaling; 0: as it is
+    base_size: int = 0  # in training, long side before scaling; 0: as it is
     min_scale: float = 0.5  # random scaling from here ...
     max_scale: float = 2.0  # ... to here
     crop: int = 513  # side in pixels
@@ -471,8 +471,8 @@ def adapt_intensity(weak, strong, gamma):
 def pair_hard_easy(gamma):
     """Partner of each image in CutMix: the k-th hardest gets the k-th easiest, and the reverse.
 
-    Section "Model-adaptive augmentations". gamma: [B]. -> int64 [B], its own inverse; in an odd
-    batch the middle image is its own partner. Equal gammas keep the batch's order.
+    Section "Model-adaptive augmentations"; CutMix has probability mean(1 - gamma). gamma: [B].
+    -> int64 [B]; in an odd batch the middle one's is itself. Equal gammas keep the batch's order.
     """
     order = gamma.argsort(stable=True)  # easy to hard
     partner = torch.empty_like(order)
@@ -788,7 +788,7 @@ def build_learner(s, device, steps):
 
 
 def save(path, write):
-    """Have write(file) make the file `path`: whole or not at all."""
+    """Have write(file) make `path`, whole or not at all."""
     with explained(f"cannot write {path}", "make room, then --resume; or change --out"):
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(f"{path}.new", "wb") as file:
@@ -797,14 +797,14 @@ def save(path, write):
 
 
 def class_colours(s):
-    """[(r, g, b), ...]: first Okabe's and Ito's, for the colour-blind."""
+    """[(r, g, b), ...]: Okabe's and Ito's first, for the colour-blind."""
     colours = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
     wheel = [f"hsl({137 * k % 360}, 60%, {35 + 20 * (k % 3)}%)" for k in range(8, s.num_classes)]
     return [ImageColor.getrgb(colour) for colour in (colours + wheel)[:s.num_classes]]
 
 
 def paint(labels, s):
-    """Labels [H, W], 0..C-1 or 255, as a palette picture that stores them."""
+    """Labels [H, W], 0..C-1 or 255, stored in a palette picture."""
     picture = Image.fromarray(labels.byte().cpu().numpy())
     colours = class_colours(s) + [(255, 255, 255)] * (256 - s.num_classes)
     picture.putpalette(np.array(colours, np.uint8).tobytes())
@@ -874,7 +874,7 @@ def plot(runs, path):
         for axis, column in ((miou, "miou"), (loss, "loss_x"), (loss, "loss_u"), (mean, "hardness"),
                              (mean, "confident")):
             x, y = np.atleast_1d(log["epoch"], log[column])
-            axis.plot(x[y == y], y[y == y], ".-", label=f"{Path(run).name} {column}")
+            axis.plot(x[y > 0], y[y > 0], ".-", label=f"{Path(run).name} {column}")
             axis.legend(fontsize=8)
         courses = defaultdict(list)
         for row in csv.DictReader(table):
@@ -888,7 +888,7 @@ def plot(runs, path):
 
 TRAINED = ("student", "teacher", "optimizer", "schedule")
 FREE = ("device", "workers", "root", "out", "accumulate")  # on resuming
-COLUMNS = ("epoch", "steps", "lr", *MEASURED, "miou", "seconds")  # of log.csv
+COLUMNS = ("epoch", "steps", "lr", *MEASURED, "miou", "seconds")
 
 
 def begin_run(s, device, resume):
@@ -900,7 +900,7 @@ def begin_run(s, device, resume):
     *images, note = find_data(s)
     found = [resume and last.exists()]
     if WORLD > 1:
-        dist.broadcast_object_list(found)  # by process 0
+        dist.broadcast_object_list(found)
     require(found[0] or RANK > 0 or not (last.exists() or (out / "log.csv").exists()),
             f"{out} holds a run: --resume (from last.pt), delete it, or change --out")
     fixed = {name: value for name, value in vars(s).items() if name not in FREE}
@@ -977,8 +977,8 @@ def end_epoch(s, learner, run, row, gammas):
     epoch, miou, out = row[0], row[-2], Path(s.out)
     run["epoch"] = epoch
     run["log.csv"] += ",".join(f"{value:.6g}" for value in row) + "\n"
-    run["hardness.csv"] += "".join(
-        f"{epoch},{sample.id},{gamma:.6f}\n" for sample, gamma in gammas if gamma >= 0)
+    run["hardness.csv"] += "".join(f"{epoch},{x.id.replace(',', ';')},{gamma:.6f}\n"
+                                   for x, gamma in gammas if gamma >= 0)
     if miou > run["best"]:  # never for NaN
         run["best"] = miou
         best = {"settings": vars(s), "epoch": epoch, "teacher": learner.teacher.state_dict()}
