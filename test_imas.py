@@ -1,6 +1,5 @@
 """Tests of imas.py and data/prepare.py: formulas against loops, runs against a second way.
 
-    pytest test_imas.py
     IMAS_KILLS=10 pytest test_imas.py -k killed        kills each of those runs ten times
 """
 
@@ -185,8 +184,6 @@ def softmax_of(model, image):
     return model(torch.tensor(x).float().permute(2, 0, 1)[None])[0].softmax(0)
 
 
-# Formulas against loops ----------
-
 SOURCE = (HERE / "imas.py").read_text(encoding="utf-8")
 METHOD = types.SimpleNamespace()  # sections 4 to 7, each function with torch alone
 for node in ast.parse(SOURCE[SOURCE.index("\n# 4 -"):SOURCE.index("\n# 8 -")]).body:
@@ -326,8 +323,6 @@ def test_teacher_follows_the_student():
                 assert torch.allclose(value, a * before[name] + (1 - a) * other, atol=1e-6), name
                 assert step or torch.equal(value, other)  # alpha 0: the very student
 
-
-# Network, augmentation, order of the images ----------
 
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("backbone", ["resnet8", "resnet18", "resnet34", "resnet50", "resnet101"])
@@ -558,21 +553,26 @@ def test_two_processes_do_what_two_shares_do(voc, tmp_path, sharp):
         assert all(torch.allclose(whole, x, rtol=0, atol=1e-5 * largest) for x in parts)
 
 
-def test_statistics_move_as_far_in_two_shares_as_in_two_processes(voc):
-    """Each of two shares moves BatchNorm's statistics by m/2: (1 - m/2)^2 of the old are left."""
-    s = settings(root=str(voc), accumulate=2, warmup_epochs=1)
-    learner, batch, *_ = first_step(s)
-    norm, half = learner.student.backbone.bn1, 0.1 / 2  # torch's momentum is 0.1
-    with torch.no_grad():
-        seen = [learner.student.backbone.conv1(imas.normalize(x)) for x in batch["image"].chunk(2)]
-    imas.train_step(learner, batch, 0, 0, s, CPU)
-    for value, old, of in ((norm.running_mean, 0, torch.mean), (norm.running_var, 1, torch.var)):
-        first, second = (of(x, (0, 2, 3)) for x in seen)
-        expected = (1 - half) ** 2 * old + (1 - half) * half * first + half * second
-        assert torch.allclose(value, expected, rtol=1e-4)
+def test_statistics_move_as_far_in_two_shares_as_in_two_processes(voc, tmp_path):
+    """From 0 and 1 on, with m = 0.1: shares move by m/2 each, processes by m and are averaged."""
+    def work():
+        s = settings(root=str(voc), accumulate=2 // imas.WORLD, warmup_epochs=1)
+        imas.set_up_device(s)
+        learner, batch, *_ = first_step(s)
+        net = learner.student.backbone
+        with torch.no_grad():
+            seen = [net.conv1(imas.normalize(x)) for x in batch["image"].chunk(s.accumulate)]
+        imas.train_step(learner, batch, 0, 0, s, CPU)
+        content = seen, net.bn1.running_mean, net.bn1.running_var
+        torch.save(content, tmp_path / f"{imas.WORLD}-{imas.RANK}")
+    assert [processes(work, tmp_path, n) for n in (1, 2)] == [([0], ""), ([0, 0], "")]
+    seen, *moved = zip(*(torch.load(tmp_path / name) for name in ("1-0", "2-0", "2-1")))
+    for old, of, (shares, *both) in zip((0, 1), (torch.mean, torch.var), moved):
+        first, second = (of(x, (0, 2, 3)) for x in seen[0])
+        expected = 0.95**2 * old + 0.95 * 0.05 * first + 0.05 * second
+        assert torch.allclose(shares, expected, rtol=1e-4) and torch.equal(*both)
+        assert torch.allclose(both[0], 0.9 * old + 0.05 * (first + second), rtol=1e-4)
 
-
-# Runs ----------
 
 def test_runs_with_all_kinds_of_flags(voc, tmp_path, capsys, sharp):
     """Workers change nothing, uniform adapts nothing, a finished run is left as it is."""
