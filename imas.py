@@ -3,7 +3,7 @@
 Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the paper.
 
     python imas.py                                             the demo: on a CPU, in minutes
-    torchrun imas.py --dataset voc --labeled 183               VOC on one GPU; README: on more
+    torchrun imas.py --dataset voc --labeled 183               VOC, on one GPU
     python imas.py --dataset PATH --num-classes N --labeled K  your own pictures
     python imas.py --help                                      all flags, scoring, labeling, curves
 
@@ -130,7 +130,7 @@ CITYSCAPES = [c.name for c in torchvision.datasets.Cityscapes.classes if 0 <= c.
 CAMVID = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 PRESETS = {
     "voc": dict(num_classes=21, class_names=VOC, backbone="resnet101", base_size=500),
-    # As released, Cityscapes' class 0, road, is left out of hardness too.
+    # As released, hardness leaves out Cityscapes' class 0, road, too.
     "cityscapes": dict(
         num_classes=19, class_names=",".join(CITYSCAPES), base_size=2048, crop=769, lr=0.01,
         head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7, ohem=True, aux_weight=0.4,
@@ -237,7 +237,7 @@ def read_image(path):
 
 def read_sample(sample, num_classes):
     """Image and mask, PIL images of one size; the mask holds classes, 0..num_classes-1, or 255: the
-    stored values, for a palette turned into luminance would be garbage."""
+    stored values, not a palette's colours."""
     image = read_image(sample.image)
     if sample.mask is None:
         return image, Image.new("L", image.size)
@@ -247,8 +247,8 @@ def read_sample(sample, num_classes):
     fine = labels.ndim == 2 and stored <= {*range(num_classes), IGNORE}
     black_and_white = mask.mode == "L" and num_classes == 2 and stored == {0, IGNORE}
     require(fine and not black_and_white, f"the mask {sample.mask} ({mask.mode}) holds "
-            f"{sorted(stored)[:9]}, not classes 0 to {num_classes - 1} or {IGNORE}: make them by "
-            "python data/prepare.py own SOURCE --root FOLDER")
+            f"{sorted(stored)[:9]}, not classes 0 to {num_classes - 1} or {IGNORE}: "
+            "see data/prepare.py own")
     require(mask.size == image.size, f"{sample.mask} lies on its side: turn it as its image")
     return image, Image.fromarray(labels.astype(np.uint8))
 
@@ -425,8 +425,8 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
 
     Both logits: float [B, C, H, W], in eval mode and without gradient; tau in [0, 1]; background:
     a class or None; valid: bool [B, H, W], False for padding: shares are of the valid pixels.
-    Returns float32 [B] in [0, 1], 1 = hardest. (Released, 1 - gamma is called hardness.) While the
-    teacher is the student, it is 1 - rho; but where background alone is predicted, it is 1.
+    Returns float32 [B] in [0, 1], 1 = hardest. While the teacher is the student, it is
+    1 - rho; but where background alone is predicted, it is 1.
     """
     B, C, H, W = student_logits.shape
     if valid is None:
@@ -620,8 +620,8 @@ def share_loss(learner, images, step, share, s):
         confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
         del logits_s, logits_t  # their memory
         intensity, mixed, partner, box = adapted_views(weak, strong, gamma, step, share, s)
-        # No loss looks at u's output. It is there for BatchNorm's running statistics, which are
-        # to fit clean images, those that hardness and evaluation see.
+        # No loss looks at u's output: it is there for BatchNorm's running statistics, to fit the
+        # clean images that hardness and evaluation see.
         views += [weak, intensity] if mixed is None else [weak, intensity, mixed]
 
     with autocast(label.device):  # one forward with gradient
@@ -648,8 +648,7 @@ def share_loss(learner, images, step, share, s):
 def adapted_views(weak, strong, gamma, step, share, s):
     """Section 5 put together: the two views of the weak images, float [B, 3, H, W].
 
-    The intensity view is distorted, the less the harder the image. The CutMix view, made with
-    probability mean(1 - gamma), mixes hard images with easy ones. What s.adapt leaves out does not
+    The CutMix view is made with probability mean(1 - gamma). What s.adapt leaves out does not
     follow gamma: then the probability is 1/2, as released, and partners are random.
     Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
     """
@@ -726,7 +725,7 @@ def predict(model, image):
 
 @torch.no_grad()
 def evaluate(model, samples, device):
-    """Confusion matrix [C, C] of `samples`, each looked at whole by one process."""
+    """Confusion matrix [C, C] of `samples`, each by one process."""
     classes, mine = model.settings.num_classes, samples[RANK::WORLD]
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     read = partial(read_sample, num_classes=classes)
@@ -744,9 +743,11 @@ def set_up_device(s):
     """The device asked for, or the best there is; joins the processes."""
     best = "mps" if torch.backends.mps.is_available() else "cpu"
     name = s.device or ("cuda" if torch.cuda.is_available() else best)
-    if name == "cuda":  # each process takes a GPU of its own
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    with explained(f"no device {name} for {WORLD} process(es)", "try --device cpu"):
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    with explained(f"no device {name} for {local} process(es)", "try --device cpu"):
+        if name == "cuda":  # each process takes a GPU of its own
+            require(torch.cuda.device_count() >= local, f"{torch.cuda.device_count()} GPUs")
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         device = torch.device(name)
         torch.empty(1, device=device).cpu()
         if device.type == "cuda":
@@ -754,12 +755,12 @@ def set_up_device(s):
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    s.workers = min(s.workers, max(cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) // 2, 1))
+    s.workers = min(s.workers, max(cores // local // 2, 1))
     return device
 
 
 def build_model(s, weights=None):
-    """The network of `s`; `settings` keeps them."""
+    """The network of `s`, its attribute `settings`."""
     model = DeepLabV3Plus(
         s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
     model.settings = s
@@ -912,7 +913,8 @@ def begin_run(s, device, resume):
     learner = build_learner(fresh, device, s.epochs * steps)
     if found[0]:
         saved = load_checkpoint(last)
-        changed = [name for name, value in fixed.items() if saved["fixed"].get(name) != value]
+        begun = saved.get("fixed", {})
+        changed = [name for name, value in fixed.items() if begun.get(name) != value]
         require(not changed, f"{out} was begun with other {changed}: keep them, or change --out")
         run = {name: saved[name] for name in run}
         for name in TRAINED:
@@ -920,6 +922,8 @@ def begin_run(s, device, resume):
         if RANK == 0:
             write_tables(s, run)
     if RANK == 0:
+        with explained(f"cannot write into {out}", "change --out"):
+            out.mkdir(parents=True, exist_ok=True)
         labeled, unlabeled, validation = map(len, images)
         print(f"{labeled} labeled images ({note}), {unlabeled} unlabeled, {validation} validation; "
               f"epochs {run['epoch'] + 1} to {s.epochs} of {steps} steps, on {device}, into {out}")
@@ -935,7 +939,6 @@ def train(s, device, images, learner, run, steps):
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
         batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
         for step, batch in enumerate(batches, epoch * steps):
-            # 0 through the first epoch with unlabeled images: the teacher is the student.
             teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
             values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
             measured.append(values)
@@ -1008,13 +1011,13 @@ def parse(argv):
     def class_or_none(text):
         return None if text == "none" else int(text)
 
-    parser = argparse.ArgumentParser("imas.py")
+    parser = argparse.ArgumentParser("imas.py", description="Presets override these defaults.")
     parser.error = fail
     job = parser.add_mutually_exclusive_group()
     job.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
     job.add_argument("--eval", metavar="CKPT", help="score a checkpoint")
     job.add_argument("--predict", metavar="IMAGE", nargs="+", help="label images or folders")
-    job.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs into one picture")
+    job.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs: curves.png in the first")
     parser.add_argument("--checkpoint", metavar="CKPT", help="for --predict")
     fields = dataclasses.fields(Settings)
     helps = dict(re.findall(r"(\w+): .* = (.*)", inspect.getsource(Settings)))
@@ -1044,12 +1047,13 @@ def load_checkpoint(path):
     """A checkpoint's content: a dict of settings, teacher, and more in last.pt."""
     with explained(f"{path} is no whole checkpoint", "take a last.pt or best.pt"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        return content | {"teacher": content["teacher"], "settings": content["settings"]}
+        settings = vars(Settings(**content["settings"]))
+        return content | {"teacher": content["teacher"], "settings": settings}
 
 
 def load(checkpoint, device="cpu", s=None):
-    """The teacher in a checkpoint, in eval mode, ready for predict; its attribute `settings` are
-    the run's, or `s`. UserError if the file does not fit."""
+    """The teacher in a checkpoint, in eval mode; its attribute `settings` are the run's, or
+    `s`. UserError if the file does not fit."""
     content = load_checkpoint(checkpoint)
     with explained(f"{checkpoint} does not fit", "leave out the flags that change the network"):
         model = build_model(s or Settings(**content["settings"]))
@@ -1101,7 +1105,7 @@ def main(argv=None):
             return plot(todo.plot, Path(todo.plot[0], "curves.png"))
         device = set_up_device(s)
         if s.dataset == "demo" and not (Path(s.root).exists() or todo.predict or RANK):
-            with explained("no demo", "run python data/prepare.py demo --root FOLDER"):
+            with explained("no demo", "try again, or another --root"):
                 runpy.run_path(str(HERE / "data/prepare.py"))["demo"](s.root)
         if WORLD > 1:
             dist.barrier()  # the demo is there
@@ -1125,8 +1129,8 @@ def main(argv=None):
         tells, code, line = RANK == 0, 130, "stopped; --resume goes on after the last whole epoch"
     except Exception as error:
         tells, line = True, str(error).partition("\n")[0]
-        if re.search("out of memory|ALLOC_FAILED|allocate memory", str(error)):
-            line += ": raise --accumulate, lower --batch or --crop; in evaluation --sliding"
+        if re.search("of (shared )?memory|ALLOC_FAILED|allocate |Loader worker", str(error)):
+            line += ": raise --accumulate, lower --batch, --crop, --workers; to evaluate --sliding"
         else:
             code, line = 1, traceback.format_exc()
     if tells:

@@ -215,9 +215,11 @@ def camvid(root):
 def find_pictures(source, *folders):
     """{id: file} of the first of the `folders` of `source` that holds pictures."""
     for folder in folders:
-        files = sorted((source / folder).rglob("[!.]*"))
-        files = [f for f in files if f.suffix.lower() in Image.registered_extensions()]
-        found = {f.relative_to(source / folder).with_suffix("").as_posix(): f for f in files}
+        inside = source / folder
+        files = sorted(f for f in inside.rglob("*")
+                       if f.suffix.lower() in Image.registered_extensions()
+                       and not any(part.startswith(".") for part in f.relative_to(inside).parts))
+        found = {f.relative_to(inside).with_suffix("").as_posix(): f for f in files}
         for file in {*files} - {*found.values()}:
             raise PrepareError(f"there are two pictures of one id, {file} is one: remove one")
         if found:
