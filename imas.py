@@ -137,8 +137,8 @@ PRESETS = {
         sliding=True),
     "camvid": dict(
         num_classes=11, class_names=CAMVID, background=None, backbone="resnet18", weights="none",
-        width=64, base_size=240, crop=128, batch=4, lr=0.01, head_lr=1.0, lambda_u=1.0, epochs=12,
-        warmup_epochs=4),
+        width=64, base_size=240, crop=128, batch=4, lr=0.005, head_lr=1.0, tau=0.8, epochs=28,
+        warmup_epochs=12),
     "demo": dict(
         num_classes=6, class_names="background,disc,square,triangle,cross,ring", labeled="16",
         backbone="resnet8", weights="none", width=64, base_size=64, crop=64, lr=0.03, head_lr=1.0,
