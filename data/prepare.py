@@ -328,8 +328,8 @@ def report(root, names, pixels, train, labeled, small):
              f"--class-names {shlex.quote(','.join(names))}{background}",
              f"--labeled {labeled} --batch {max(2, min(batch, train - labeled))}"]
     if small:
-        lines += ["--backbone resnet18 --weights none --width 64 --warmup-epochs 12 --base-size 240",
-                  "--crop 128 --lr 0.005 --head-lr 1 --tau 0.8 --epochs 28"]
+        lines += ["--backbone resnet18 --weights none --width 64 --base-size 240 --crop 128",
+                  "--lr 0.005 --head-lr 1 --tau 0.8 --warmup-epochs 12 --epochs 28"]
     print("train with:\n" + " \\\n    ".join(lines))
 
 
