@@ -425,8 +425,8 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
 
     Both logits: float [B, C, H, W], in eval mode and without gradient; tau in [0, 1]; background:
     a class or None; valid: bool [B, H, W], False for padding: shares are of the valid pixels.
-    Returns float32 [B] in [0, 1], 1 = hardest. While the teacher is the student, it is
-    1 - rho; but where background alone is predicted, it is 1.
+    -> float32 [B] in [0, 1], 1 = hardest. While the teacher is the student, it is 1 - rho; but
+    where background alone is predicted, it is 1.
     """
     B, C, H, W = student_logits.shape
     if valid is None:
@@ -648,8 +648,8 @@ def share_loss(learner, images, step, share, s):
 def adapted_views(weak, strong, gamma, step, share, s):
     """Section 5 put together: the two views of the weak images, float [B, 3, H, W].
 
-    The CutMix view is made with probability mean(1 - gamma). What s.adapt leaves out does not
-    follow gamma: then the probability is 1/2, as released, and partners are random.
+    What s.adapt leaves out does not follow gamma: CutMix then has probability 1/2, as released,
+    and random partners.
     Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
     """
     intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
@@ -939,6 +939,7 @@ def train(s, device, images, learner, run, steps):
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
         batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
         for step, batch in enumerate(batches, epoch * steps):
+            # 0 in the first epoch with unlabeled images: the teacher is the student.
             teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
             values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
             measured.append(values)
@@ -1011,7 +1012,7 @@ def parse(argv):
     def class_or_none(text):
         return None if text == "none" else int(text)
 
-    parser = argparse.ArgumentParser("imas.py", description="Presets override these defaults.")
+    parser = argparse.ArgumentParser("imas.py", description=Settings.__doc__)
     parser.error = fail
     job = parser.add_mutually_exclusive_group()
     job.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
@@ -1129,7 +1130,7 @@ def main(argv=None):
         tells, code, line = RANK == 0, 130, "stopped; --resume goes on after the last whole epoch"
     except Exception as error:
         tells, line = True, str(error).partition("\n")[0]
-        if re.search("of (shared )?memory|ALLOC_FAILED|allocate |Loader worker", str(error)):
+        if re.search("of (shared )?memory|ALLOC_FAILED|allocate |worker .pid", str(error)):
             line += ": raise --accumulate, lower --batch, --crop, --workers; to evaluate --sliding"
         else:
             code, line = 1, traceback.format_exc()
