@@ -9,10 +9,10 @@ Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the pap
 
 A student network learns from a few labeled images and many unlabeled ones. Their labels are made up
 by a teacher, whose weights are the running mean of the student's. Where the two disagree about an
-image, it is hard: its labels are not to be trusted, and distorting it further would hurt. So it has
-a hardness gamma in [0, 1] (section 4), which steers how it is distorted and mixed (5), and how much
-it counts (6); as the two learn to agree, more is asked. Section 8, share_loss, is the algorithm:
-begin there. "Released" is the authors' code.
+image or are unsure, it is hard: its labels are not to be trusted, and distorting it would hurt.
+Each has a hardness gamma in [0, 1] (section 4), which steers how it is distorted and mixed (5), and
+how much it counts (6); as the two learn to agree, more is asked. Section 8, share_loss, is the
+algorithm: begin there. "Released" is the authors' code.
 """
 
 import argparse
@@ -170,7 +170,7 @@ Sample = namedtuple("Sample", "id image mask")  # mask: None where labels are no
 
 def read_ids(path):
     """The ids in a list, one a line. A path names its id: JPEGImages/x.jpg is x."""
-    with explained(f"no list {path}", "see --root, or python data/prepare.py own"):
+    with explained(f"no list {path}", "see --root, or python data/prepare.py"):
         lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
     around = r"^[./]*(JPEGImages/)?|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
     ids = [re.sub(around, "", line.strip(), flags=re.I) for line in lines if line.strip()]
@@ -247,7 +247,7 @@ def read_sample(sample, num_classes):
     fine = labels.ndim == 2 and stored <= {*range(num_classes), IGNORE}
     black_and_white = mask.mode == "L" and num_classes == 2 and stored == {0, IGNORE}
     require(fine and not black_and_white, f"the mask {sample.mask} ({mask.mode}) holds "
-            f"{sorted(stored)[:9]}, not classes 0 to {num_classes - 1} or {IGNORE}: "
+            f"{sorted(stored)[:9]}, for classes 0 to {num_classes - 1} or {IGNORE}: "
             "see data/prepare.py own")
     require(mask.size == image.size, f"{sample.mask} lies on its side: turn it as its image")
     return image, Image.fromarray(labels.astype(np.uint8))
@@ -471,8 +471,8 @@ def adapt_intensity(weak, strong, gamma):
 def pair_hard_easy(gamma):
     """Partner of each image in CutMix: the k-th hardest gets the k-th easiest, and the reverse.
 
-    Section "Model-adaptive augmentations"; CutMix has probability mean(1 - gamma). gamma: [B].
-    -> int64 [B]; in an odd batch the middle one's is itself. Equal gammas keep the batch's order.
+    Section "Model-adaptive augmentations". gamma: [B] -> int64 [B]; in an odd batch the middle
+    one's is itself. Equal gammas keep the batch's order.
     """
     order = gamma.argsort(stable=True)  # easy to hard
     partner = torch.empty_like(order)
@@ -610,7 +610,7 @@ def share_loss(learner, images, step, share, s):
     if "weak" in images:
         weak, strong = normalize(images["weak"]), normalize(images["strong"])
         valid = images["valid"]
-        # Both networks look at the weak image u; how far they disagree is its hardness.
+        # Both networks look at the weak image u: disagreement and doubt make it hard.
         student.eval()
         with torch.no_grad(), autocast(weak.device):
             logits_s, logits_t = student(weak), teacher(weak)  # [B, C, H, W]
@@ -637,19 +637,19 @@ def share_loss(learner, images, step, share, s):
         loss_u = consistency_loss(u[1], pseudo_label, confidence, s.tau, gamma_u, valid)
     if mixed is not None:  # labels are pasted as images are
         label_m, confidence_m, valid_m = (
-            torch.where(box, x[partner], x) for x in (pseudo_label, confidence, valid))
+            torch.where(box, y[partner], y) for y in (pseudo_label, confidence, valid))
         loss_m = consistency_loss(u[2], label_m, confidence_m, s.tau, gamma_u, valid_m)
         loss_u = (loss_u + loss_m) / 2
 
-    values = loss_x, loss_u, gamma.sum() / len(label), confident, zero + (mixed is not None)
+    values = loss_x, loss_u, gamma.mean().nan_to_num(), confident, zero + (mixed is not None)
     return loss_x + s.lambda_u * loss_u, torch.stack(values).detach(), gamma, mixed is not None
 
 
 def adapted_views(weak, strong, gamma, step, share, s):
-    """Section 5 put together: the two views of the weak images, float [B, 3, H, W].
+    """Section 5 put together: two views of the weak images, float [B, 3, H, W].
 
-    What s.adapt leaves out does not follow gamma: CutMix then has probability 1/2, as released,
-    and random partners.
+    CutMix mixes weak images, with probability mean(1 - gamma). What s.adapt leaves out does not
+    follow gamma: CutMix then has probability 1/2, as released, and random partners.
     Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
     """
     intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
@@ -1127,7 +1127,7 @@ def main(argv=None):
     except UserError as error:  # with a traceback, if from a worker
         line = str(error).strip().rpartition("UserError: ")[2]
     except KeyboardInterrupt:
-        tells, code, line = RANK == 0, 130, "stopped; --resume goes on after the last whole epoch"
+        tells, code, line = RANK == 0, 130, "stopped; a run goes on with --resume"
     except Exception as error:
         tells, line = True, str(error).partition("\n")[0]
         if re.search("of (shared )?memory|ALLOC_FAILED|allocate |worker .pid", str(error)):
