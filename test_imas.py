@@ -138,7 +138,7 @@ def processes(work, folder, world=1, when=bool, number=signal.SIGKILL):
     started = [get_context("fork").Process(target=child, args=(rank,)) for rank in range(world)]
     for process in started:
         process.start()
-        os.setpgid(process.pid, process.pid)  # a group, with its workers
+        os.setpgid(process.pid, process.pid)  # with its workers
     while any([process.is_alive() for process in started]):
         failed = any(process.exitcode for process in started)
         if failed or when():
@@ -325,7 +325,6 @@ def test_teacher_follows_the_student():
 @pytest.mark.parametrize("stride", [8, 16])
 @pytest.mark.parametrize("backbone", ["resnet8", "resnet18", "resnet34", "resnet50", "resnet101"])
 def test_network_keeps_size_and_stride(backbone, stride):
-    """Sizes, the auxiliary head's place, and the dilations of layer3 and layer4, block by block."""
     net, deepest = imas.DeepLabV3Plus(5, backbone, None, stride, width=16, aux=True), []
     logits, auxiliary = net(torch.randn(2, 3, 33, 50))
     assert logits.shape == auxiliary.shape == (2, 5, 33, 50)
@@ -345,7 +344,7 @@ def test_network_keeps_size_and_stride(backbone, stride):
 
 @pytest.mark.parametrize("height, width", [(33, 33), (34, 33), (55, 90), (20, 100), (7, 9)])
 def test_sliding_windows_see_what_the_whole_picture_shows(height, width):
-    """With a network that looks at one pixel at a time the windows must not show."""
+    """The network looks at one pixel at a time, so windows must not show."""
     net, sizes = torch.nn.Conv2d(3, 21, 1), []
     net.register_forward_pre_hook(lambda net, inputs: sizes.append(inputs[0].shape[2:]))
     image, net.settings = imas.pil_to_tensor(noise(height, width))[None], settings()
@@ -430,7 +429,6 @@ def test_lists_hold_ids_or_paths_and_labels_are_listed_published_or_drawn(voc):
 
 
 def test_pictures_and_masks_of_all_kinds(tmp_path):
-    """Pictures as Pillow converts them, lying as the camera says; masks as they are stored."""
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise
     for name in "L.png LA.png P.png CMYK.jpg 1.bmp RGBA.tiff RGB.webp RGB.PNG turned.jpg".split():
@@ -724,7 +722,7 @@ MISTAKES = [  # files of the dataset or another change of it, flags, what the li
 
 @pytest.mark.parametrize("number", range(len(MISTAKES)))
 def test_mistake_is_told_in_one_line(number, voc, tmp_path, capsys, monkeypatch):
-    """What was there stays, byte for byte, and nothing is added."""
+    """What was there stays, and nothing is added."""
     monkeypatch.setattr(torch.hub, "download_url_to_file", open)  # no network: an error
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "9")
@@ -740,7 +738,6 @@ def test_mistake_is_told_in_one_line(number, voc, tmp_path, capsys, monkeypatch)
 
 
 def test_sheet_shows_what_the_student_saw(tmp_path, sharp):
-    """Tiles of unlabeled.png against what went through the student, and the pseudo-labels."""
     s, at = settings(root=str(draw(tmp_path, side=40)), crop=40), np.arange(2, 200, 5)
     learner, batch, *_ = first_step(s)
     model, colours = learner.teacher, np.array(imas.class_colours(s) + [(255, 255, 255)])
@@ -813,10 +810,6 @@ def test_import_does_nothing():
     assert (done.stdout, done.stderr, done.returncode) == ("", "", 0)
 
 
-class Response(io.BytesIO):
-    """What urlopen gives: a file with a status and the number of bytes that are missing."""
-
-
 @pytest.fixture
 def web(monkeypatch):
     """Nothing is fetched: .files {address: bytes}; .cut: break off there, once; .asked."""
@@ -824,7 +817,7 @@ def web(monkeypatch):
         start = int(request.get_header("Range", "bytes=0-")[6:-1])
         content, cut = web.files[request.full_url][start:], web.cut.pop(request.full_url, None)
         web.asked.append((request.full_url, start))
-        response = Response(content[:cut])
+        response = type("Response", (io.BytesIO,), {})(content[:cut])
         response.status, response.length = 206 if start else 200, len(content[cut:]) if cut else 0
         return response
 
@@ -863,6 +856,7 @@ def coloured(labels, colours, palette=False):
 MAP = ["# label:color_rgb:parts:actions", "cat:200,10,10::", "dog:0,0,255::", "background:0,0,0::"]
 OF_MAP = [(0, 0, 0), (200, 10, 10), (0, 0, 255), (224, 224, 192)]
 OF_VOC = [(0, 0, 0), (128, 0, 0), (0, 128, 0), (224, 224, 192)]
+GREYS = [(255, 255, 255), (0, 0, 0), (2, 2, 2), (1, 1, 1)]
 OWN = {  # the pictures, the masks, how a mask is stored, a further file
     "cvat": ("JPEGImages/{}.jpg", "SegmentationClass/{}.png", lambda x: coloured(x, OF_MAP),
              ("labelmap.txt", MAP)),
@@ -872,18 +866,19 @@ OWN = {  # the pictures, the masks, how a mask is stored, a further file
         x, OF_VOC, True), ("class_names.txt", ["_background_", "cat", "dog"])),
     "labelme": ("JPEGImages/{}.jpg", "SegmentationClassPNG/{}.png", lambda x: coloured(x, OF_VOC),
                 ("class_names.txt", ["__ignore__", "_background_", "cat", "dog"])),
+    "greys": ("images/{}.bmp", "masks/{}.png", lambda x: coloured(x, GREYS).convert("L"), (
+        "labelmap.txt", ["cat:0,0,0", "ignored:1,1,1", "dog:2,2,2", "background:255,255,255"])),
     "black and white": ("images/{}.bmp", "masks/{}.png", lambda x: Image.fromarray(
-        np.where(x > 0, 255, 0).astype("u1")), ("notes.txt", [])),
+        np.where(x > 0, 255, 0).astype("u1")), (LISTS + "val.txt", ["p 0", "p 1"])),
     "deep": ("images/a/{}.tiff", "masks/a/{}.tiff", lambda x: Image.fromarray(x.astype("u2")),
              ("images/.x/y.png", noise(9, 9))),
     "listed": ("images/{}.webp", "masks/{}.png", lambda x: Image.fromarray(x.astype("u1")), (
-        LISTS + "val.txt", ["\ufeff/JPEGImages/p 0.webp /SegmentationClass/p 0.png\r", "p 1\r"])),
+        LISTS + "Validation.txt", ["\ufeff/JPEGImages/p 0.webp /masks/p 0.png\r", "p 1\r"])),
 }
 
 
 @pytest.mark.parametrize("name", OWN)
 def test_own_pictures_become_a_dataset_that_trains(name, tmp_path, capsys):
-    """The masks against the classes that were stored; then the command that is printed is run."""
     pictures, masks, store, (file, lines) = OWN[name]
     source, root, truth = tmp_path / "source", tmp_path / "data", {}
     write(source / file, lines)
@@ -899,7 +894,7 @@ def test_own_pictures_become_a_dataset_that_trains(name, tmp_path, capsys):
     found = {p.name: np.asarray(Image.open(p)) for p in root.glob("SegmentationClass/**/*.png")}
     assert found.keys() == truth.keys() and all((found[k] == truth[k]).all() for k in found)
     val = imas.read_ids(root / VAL)
-    assert len(val) == (2 if name == "listed" else 1)
+    assert len(val) == (2 if LISTS in file else 1)
     line = capsys.readouterr().out.split("train with:\n")[1].replace("\\\n", " ")
     tiny = "--backbone resnet8 --weights none --width 8 --crop 32 --batch 2 --epochs 1 --workers 0"
     more = ["--warmup-epochs", "0", "--device", "cpu", "--out", str(tmp_path / "run")]
@@ -912,10 +907,14 @@ def test_own_pictures_become_a_dataset_that_trains(name, tmp_path, capsys):
     ("masks/a.png", noise(9, 8, 0, 3, 0), "a.png|9x9|8x9"), ("images/a.png", None, "images"),
     ("masks/a.png", None, "masks"), ("images/a.jpg", noise(9, 9), "two pictures"),
     ("labelmap.txt", ["cat 1 2 3"], "cat 1 2 3"), ("../data/x", b"mine", "exists"),
-    ("labelmap.txt", ["cat:9,9,9::", "dog:8,8,8::"], "a.png|(0, 0)")])
+    ("labelmap.txt", ["cat:9,9,9::", "dog:8,8,8::"], "a.png|(0, 0)"),
+    ("labelmap.txt", ["cat:9,9,9::", "dog:9,9,9::"], "dog:9,9,9::|taken"),
+    ("masks/b.png", coloured(np.zeros((9, 9)), OF_MAP[1:], True), "b.png|0 has another colour"),
+    ("images/a.png.jpg", noise(9, 9), "a.png.jpg|rename")])
 def test_own_pictures_mistakes_are_one_line(name, content, words, tmp_path, capsys):
-    write(tmp_path / "source/images/a.png", noise(9, 9))
-    write(tmp_path / "source/masks/a.png", Image.new("RGB" if "map" in name else "L", (9, 9)))
+    for x in "ab" if "b.png" in name else "a":
+        write(tmp_path / f"source/images/{x}.png", noise(9, 9))
+    write(tmp_path / "source/masks/a.png", Image.new("RGB" if "map" in name else "P", (9, 9)))
     write(tmp_path / "source" / name, content)
     before = files(tmp_path)
     assert prepare.main(["own", str(tmp_path / "source"), "--root", str(tmp_path / "data")]) == 2

@@ -84,7 +84,7 @@ def download(url, path, md5=None):
 @contextmanager
 def beside(root):
     """A new folder beside `root` that becomes `root` when all went well, else it is removed."""
-    require(not root.exists() or not os.listdir(root), f"{root} exists: remove it or change --root")
+    require(not root.exists(), f"{root} exists: remove it or change --root")
     root.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=root.resolve().parent, prefix="prepare-") as folder:
         yield Path(folder, "new")
@@ -93,8 +93,9 @@ def beside(root):
 
 def unpack(archive, folder):
     """Unpack the tar file `archive` into `folder`: all of it, nothing outside."""
+    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}     # Python 3.11.4 on
     try:
-        shutil.unpack_archive(archive, folder, filter="data")
+        shutil.unpack_archive(archive, folder, **safely)
     except (tarfile.TarError, EOFError, OSError) as error:
         shutil.rmtree(folder, ignore_errors=True)
         raise PrepareError(f"cannot unpack {archive} ({error}): remove it and try again") from None
@@ -126,12 +127,16 @@ def link(source, path):
             put(source.read_bytes(), path)
 
 
-def read_list(path):
-    """The lines of `path` that hold something, if it is there; a picture's path becomes its id."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+def read_id(line):
+    """The id that a line of a list names; a picture's path becomes its id."""
     around = r"^(.*/)?(JPEGImages|images|leftImg8bit)/|^/|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
-    return list(dict.fromkeys(re.sub(around, "", line, flags=re.I) for line in lines))
+    return re.sub(around, "", line.strip().replace("\\", "/"), flags=re.I)
+
+
+def read_list(path):
+    """The ids, or other lines that hold something, of the file `path`, if it is there."""
+    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
+    return list(dict.fromkeys(read_id(line) for line in text.splitlines() if line.strip()))
 
 
 # Published datasets ---------------------------------------------------------------------------
@@ -222,6 +227,8 @@ def find_pictures(source, *folders):
         found = {f.relative_to(inside).with_suffix("").as_posix(): f for f in files}
         for file in {*files} - {*found.values()}:
             raise PrepareError(f"there are two pictures of one id, {file} is one: remove one")
+        for file in files:
+            require(read_id(file.stem) == file.stem, f"{file}: no list can name it: rename it")
         if found:
             return found
     raise PrepareError(f"{source} has no folder {' or '.join(folders)} with pictures in it")
@@ -230,12 +237,15 @@ def find_pictures(source, *folders):
 def read_classes(source):
     """(names, {number of a colour: class}) by labelmap.txt, else labelme's class_names.txt."""
     names, colours, path = [], {PALETTE[255] @ NUMBER: 255}, source / "labelmap.txt"
-    lines = [line for line in read_list(path) if not line.startswith(("#", "ignored:"))]
+    lines = [line for line in read_list(path) if not line.startswith("#")]
     for line in sorted(lines, key=lambda line: not line.lower().startswith("background:")):
         found = re.fullmatch(r"([^:]+):(\d+), ?(\d+), ?(\d+)(:.*)?", line)
         require(found, f"{path}: the line '{line}' is not NAME:R,G,B::")
-        colours[np.array(found.group(2, 3, 4), int) @ NUMBER] = len(names)
-        names.append(re.sub(r"[\s,]+", "-", found[1]))
+        number = np.array(found.group(2, 3, 4), int) @ NUMBER
+        require(colours.get(number, 255) == 255, f"{path}: '{line}' has a colour taken: remove one")
+        colours[number] = 255 if found[1] == "ignored" else len(names)
+        if found[1] != "ignored":
+            names.append(re.sub(r"[\s,]+", "-", found[1]))
     if not path.is_file():
         path = source / "class_names.txt"
         names = [re.sub(r"[\s,]+", "-", x) for x in read_list(path) if x != "__ignore__"]
@@ -252,9 +262,11 @@ def decode(path):
         return None
 
 
-def read_mask(path, mask, names, colours):
-    """Classes (int [H, W]) of the picture `mask`, by its colours (see read_classes) or values."""
-    if mask.mode == "P" and names or len(mask.getbands()) > 1:
+def read_mask(path, mask, names, colours, mapped):
+    """Classes (int [H, W]) of the picture `mask`, by its colours (see read_classes) or values; by
+    colours if it is `mapped` by labelmap.txt, grey or not."""
+    modes = ("1", "L", "P") if mapped else ("P",) if names else ()
+    if mask.mode in modes or len(mask.getbands()) > 1:
         require(names, f"{path} is coloured: put lines NAME:R,G,B:: into SOURCE/labelmap.txt")
         mask = mask.convert("RGB")
         numbers = np.asarray(mask) @ NUMBER
@@ -265,7 +277,8 @@ def read_mask(path, mask, names, colours):
         labels = np.asarray(mask).astype(int)
     limit = len(names) or 254
     for y, x in np.argwhere((labels < 0) | (labels >= limit) & (labels != 255))[:1].tolist():
-        raise PrepareError(f"{path}: {mask.getpixel((x, y))} at pixel ({x}, {y}) is no known class")
+        raise PrepareError(f"{path}: {mask.getpixel((x, y))} at pixel ({x}, {y}) is no known class "
+                           "(labelmap.txt is for colours, class_names.txt for values too)")
     return labels
 
 
@@ -276,7 +289,9 @@ def own(root, source, val=0.2, seed=0):
     pictures = find_pictures(source, "JPEGImages", "images")
     masks = find_pictures(source, "SegmentationClass", "SegmentationClassPNG", "masks")
     names, colours = read_classes(source)
-    lists, sides, counts = Path("ImageSets/Segmentation"), {}, {}
+    mapped, lists = (source / "labelmap.txt").is_file(), Path("ImageSets/Segmentation")
+    listed = {f.stem.lower(): read_list(f) for f in (source / lists).glob("*.txt")}
+    sides, counts, palette = {}, {}, {}
     with beside(root) as new:
         for name, file in pictures.items():
             picture, mask = decode(file), decode(masks.get(name))
@@ -287,28 +302,35 @@ def own(root, source, val=0.2, seed=0):
             if mask:
                 require(mask.size == picture.size, f"{file} is {'%dx%d' % picture.size}, "
                         f"its mask {masks[name]} {'%dx%d' % mask.size}: they must be of one size")
-                labels = read_mask(masks[name], mask, names, colours)
+                labels = read_mask(masks[name], mask, names, colours, mapped)
+                if mask.mode == "P" and not names:           # one palette for all, or no values
+                    for k in np.unique(labels).tolist():
+                        colour = mask.getpalette()[3 * k:3 * k + 3]
+                        require(palette.setdefault(k, colour) == colour, f"{masks[name]}: {k} has "
+                                "another colour in other masks: write SOURCE/labelmap.txt")
                 put(labels, new / "SegmentationClass" / f"{name}.png")
                 counts[name] = np.bincount(labels.ravel(), minlength=256)
         pixels = np.array([*counts.values()]).reshape(-1, 256)
-        if not names and {*pixels.nonzero()[1]} == {0, 255}:             # black and white
-            pixels[:, [1, 255]] = pixels[:, [255, 1]]
+        if len(names) in (0, 2) and not mapped and {*pixels.nonzero()[1]} == {0, 255}:
+            pixels[:, [1, 255]] = pixels[:, [255, 1]]        # black and white
             for path in (new / "SegmentationClass").rglob("*.png"):
                 put(np.minimum(Image.open(path), 1), path)
-        train = read_list(source / lists / "train.txt") or [*sides]
-        valid = read_list(source / lists / "val.txt")
+        train = listed.get("train") or [*sides]
+        valid = listed.get("val") or listed.get("validation")            # the latter is CVAT's
         if not valid:
             drawn = np.random.default_rng(seed).permutation(sorted({*train} & {*counts})).tolist()
             valid = sorted(drawn[:max(1, round(val * len(drawn)))])
-        listed = {*train, *valid}
+        unused = {*pictures, *masks, *train, *valid}
         train = [name for name in train if name in sides and name not in valid]
         valid = [name for name in valid if name in counts]
         labeled = len({*train} & {*counts})
-        require(labeled and valid, f"{source}: {labeled} masks to train, {len(valid)} to validate")
+        unused = unused - {*train, *valid} | {*masks} - {*counts}
+        line = f"broken, of 16 bits, unpaired or unlisted: {len(unused)} {sorted(unused)[:3]}"
+        require(labeled and valid,
+                f"{source}: {labeled} masks to train, {len(valid)} to validate; {line}")
         put(train, new / lists / "train.txt")
         put(valid, new / lists / "val.txt")
-    unused = {*pictures, *masks, *listed} - {*train, *valid} | {*masks} - {*counts}
-    print(f"broken, unpaired or unlisted: {len(unused)}", *sorted(unused)[:3])
+    print(line)
     highest = max(1, *pixels[:, :255].nonzero()[1].tolist())
     names = names or ["background", *(f"class-{k}" for k in range(1, highest + 1))]
     report(root, names, pixels, len(train), labeled, np.median([*sides.values()]) <= 320)
@@ -324,13 +346,13 @@ def report(root, names, pixels, train, labeled, small):
     if train - labeled < batch:                              # then most go without their masks
         labeled = min(labeled, max(1, train // 4))
     background = "" if names[0].strip("_").lower() == "background" else " --background none"
-    lines = [f"python imas.py --dataset {shlex.quote(str(root))} --num-classes {len(names)}",
+    lines = [f"python imas.py --dataset {shlex.quote(root.as_posix())} --num-classes {len(names)}",
              f"--class-names {shlex.quote(','.join(names))}{background}",
              f"--labeled {labeled} --batch {max(2, min(batch, train - labeled))}"]
     if small:
         lines += ["--backbone resnet18 --weights none --width 64 --base-size 240 --crop 128",
                   "--lr 0.005 --head-lr 1 --tau 0.8 --warmup-epochs 12 --epochs 28"]
-    print("train with:\n" + " \\\n    ".join(lines))
+    print("train with:\n" + (" " if os.name == "nt" else " \\\n    ").join(lines))
 
 
 # The demo: scenes of 64x64 pixels -------------------------------------------------------------
@@ -434,7 +456,7 @@ def main(argv=None):
     given = vars(parser.parse_args(argv))
     try:
         given.pop("prepare")(**given)
-    except (PrepareError, ImportError, OSError, zipfile.BadZipFile) as error:
+    except (PrepareError, ImportError, OSError, UnicodeError, zipfile.BadZipFile) as error:
         advice = f": pip install {error.name}" if isinstance(error, ImportError) else ""
         print(f"prepare.py: {error}{advice}", file=sys.stderr)
         return 2
