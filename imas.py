@@ -45,12 +45,12 @@ from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import Conv2dNormActivation, masks_to_boxes
-from torchvision.transforms.functional import adjust_hue, pil_to_tensor, to_pil_image
+from torchvision.transforms.functional import adjust_hue, pil_to_tensor, resize, to_pil_image
 from torchvision.utils import draw_bounding_boxes
 
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-IGNORE = 255  # label of pixels that no loss and no score sees
+IGNORE = 255  # label of pixels that no loss or score sees
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights
 
 
@@ -66,7 +66,7 @@ def require(fine, line):
 
 @contextmanager
 def explained(what, advice):
-    """Turn errors within into UserError."""
+    """Turn errors into UserError."""
     try:
         yield
     except Exception as error:
@@ -92,7 +92,7 @@ class Settings:
     weights: Literal["imagenet", "none"] = "imagenet"  # of the backbone
     output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # in training, long side before scaling; 0: as it is
+    base_size: int = 0  # long side before scaling, in evaluation at most; 0: as it is
     min_scale: float = 0.5  # random scaling from here ...
     max_scale: float = 2.0  # ... to here
     crop: int = 513  # side in pixels
@@ -111,8 +111,8 @@ class Settings:
     aux_weight: float = 0.0  # of an auxiliary head on layer3; 0: none
     sliding: bool = False  # evaluate by overlapping windows of crop x crop
     eval_every: int = 1  # epochs; the last is always evaluated
-    workers: int = 4  # that load pictures, for each kind of image
-    seed: int = 0  # of every draw, also of the labeled images
+    workers: int = 4  # that load pictures
+    seed: int = 0  # of every draw
     device: str = ""  # cpu, cuda, cuda:1, mps; else the best there is
 
     def __post_init__(self):
@@ -618,7 +618,7 @@ def share_loss(learner, images, step, share, s):
         gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)  # [B]
         confidence, pseudo_label = logits_t.float().softmax(1).max(1)  # [B, H, W]
         confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
-        del logits_s, logits_t  # their memory
+        del logits_s, logits_t  # memory
         intensity, mixed, partner, box = adapted_views(weak, strong, gamma, step, share, s)
         # No loss looks at u's output: it is there for BatchNorm's running statistics, to fit the
         # clean images that hardness and evaluation see.
@@ -703,10 +703,14 @@ def iou_per_class(confusion):
 def predict(model, image):
     """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W]; `model` as of load.
 
-    It goes through whole; with `sliding` by windows of crop x crop, each 2/3 of one from the one
-    before, the last flush with the border, averaged where they overlap.
+    Shrunk to base_size, it goes through whole; with `sliding` by windows of crop x crop,
+    each 2/3 of one from the one before, the last flush with the border, averaged where they
+    overlap.
     """
     s, image = model.settings, normalize(image.to(next(model.parameters()).device))
+    full = image.shape[2:]
+    shrink = min(s.base_size / max(full), 1) if s.base_size else 1
+    image = resize(image, [math.ceil(side * shrink) for side in full])
     height, width = image.shape[2:]
     size = s.crop if s.sliding else max(height, width)
     total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
@@ -720,7 +724,7 @@ def predict(model, image):
             window = (..., slice(y, y + size), slice(x, x + size))
             total[window] += model(image[window]).softmax(1)
             count[window] += 1
-    return total / count
+    return resize(total / count, full)
 
 
 @torch.no_grad()
@@ -730,7 +734,7 @@ def evaluate(model, samples, device):
     confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
     read = partial(read_sample, num_classes=classes)
     for image, mask in DataLoader(mine, None, collate_fn=read, num_workers=model.settings.workers):
-        prediction = predict(model, pil_to_tensor(image)[None]).argmax(1)  # [1, H, W]
+        prediction = predict(model, pil_to_tensor(image)[None]).argmax(1)
         confusion += confusion_matrix(prediction, pil_to_tensor(mask).to(device), classes)
     if WORLD > 1:
         dist.all_reduce(confusion)
@@ -754,8 +758,7 @@ def set_up_device(s):
             torch.cuda.set_device(device)
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    s.workers = min(s.workers, max(cores // local // 2, 1))
+    s.workers = min(s.workers, max(os.cpu_count() // local // 2, 1))
     return device
 
 
@@ -939,7 +942,7 @@ def train(s, device, images, learner, run, steps):
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
         batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
         for step, batch in enumerate(batches, epoch * steps):
-            # 0 in the first epoch with unlabeled images: the teacher is the student.
+            # 0 in the first such epoch: the teacher is the student.
             teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
             values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
             measured.append(values)
@@ -947,7 +950,7 @@ def train(s, device, images, learner, run, steps):
                 gammas[batch["index"].to(device)] = gamma
             if mixed:
                 example = batch, gamma, step
-            if RANK == 0 and (step + 1) % 100 == 0:  # the host waits
+            if RANK == 0 and (step + 1) % 100 == 0:
                 require(values.isfinite().all(), broken)
                 print(f"step {step + 1}/{s.epochs * steps}  loss_x {values[-1, 0]:.3f}", flush=True)
 
@@ -969,7 +972,7 @@ def train(s, device, images, learner, run, steps):
                *means.tolist(), miou, time.monotonic() - begun]
         end_epoch(s, learner, run, row, zip(unlabeled, gammas.tolist()))
     if RANK == 0:
-        print(f"done: the teacher's best mIoU is {run['best']:.2f}, that of {out / 'best.pt'}")
+        print(f"done: the teacher's best mIoU is {run['best']:.2f}, in {out / 'best.pt'}")
         try:
             plot([out], out / "curves.png")
         except UserError as error:
@@ -983,7 +986,7 @@ def end_epoch(s, learner, run, row, gammas):
     run["log.csv"] += ",".join(f"{value:.6g}" for value in row) + "\n"
     run["hardness.csv"] += "".join(f"{epoch},{x.id.replace(',', ';')},{gamma:.6f}\n"
                                    for x, gamma in gammas if gamma >= 0)
-    if miou > run["best"]:  # never for NaN
+    if miou > run["best"]:
         run["best"] = miou
         best = {"settings": vars(s), "epoch": epoch, "teacher": learner.teacher.state_dict()}
         save(out / "best.pt", lambda file: torch.save(best, file))

@@ -333,23 +333,26 @@ def own(root, source, val=0.2, seed=0):
     print(line)
     highest = max(1, *pixels[:, :255].nonzero()[1].tolist())
     names = names or ["background", *(f"class-{k}" for k in range(1, highest + 1))]
-    report(root, names, pixels, len(train), labeled, np.median([*sides.values()]) <= 320)
+    report(root, names, pixels, len(train), labeled, np.median([*sides.values()]))
 
 
-def report(root, names, pixels, train, labeled, small):
-    """Print how often each class occurs in `pixels` [masks, 256], and the command to train with."""
+def report(root, names, pixels, train, labeled, side):
+    """Print how often each class occurs in `pixels` [masks, 256], and the command to train with;
+    `side`: long side of most pictures."""
     masks, share = (pixels > 0).sum(0), pixels.sum(0) / pixels.sum()
     print(f"class  in masks  of pixels  name      ({len(pixels)} masks)")
     for k, name in [*enumerate(names), (255, "(ignored)")]:
         print(f"{k:5}  {masks[k]:8}  {share[k]:9.2%}  {name}")
-    batch = 4 if small else 16
+    batch = 4 if side <= 320 else 16                         # small pictures: a small network
     if train - labeled < batch:                              # then most go without their masks
         labeled = min(labeled, max(1, train // 4))
     background = "" if names[0].strip("_").lower() == "background" else " --background none"
     lines = [f"python imas.py --dataset {shlex.quote(root.as_posix())} --num-classes {len(names)}",
              f"--class-names {shlex.quote(','.join(names))}{background}",
              f"--labeled {labeled} --batch {max(2, min(batch, train - labeled))}"]
-    if small:
+    if side > 1000:
+        lines.append("--base-size 1000")
+    if side <= 320:
         lines += ["--backbone resnet18 --weights none --width 64 --base-size 240 --crop 128",
                   "--lr 0.005 --head-lr 1 --tau 0.8 --warmup-epochs 12 --epochs 28"]
     print("train with:\n" + (" " if os.name == "nt" else " \\\n    ").join(lines))
