@@ -90,7 +90,7 @@ class Settings:
     background: int | None = 0  # class left out of hardness; or none
     backbone: Literal["resnet8", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
     weights: Literal["imagenet", "none"] = "imagenet"  # of the backbone
-    output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
+    output_stride: Literal[8, 16] = 16  # 8 is finer, three times slower
     width: int = 256  # channels of ASPP and decoder
     base_size: int = 0  # long side before scaling, in evaluation at most; 0: as it is
     min_scale: float = 0.5  # random scaling from here ...
@@ -110,10 +110,10 @@ class Settings:
     ohem: bool = False  # learn from the hardest labeled pixels alone
     aux_weight: float = 0.0  # of an auxiliary head on layer3; 0: none
     sliding: bool = False  # evaluate by overlapping windows of crop x crop
-    eval_every: int = 1  # epochs; the last is always evaluated
+    eval_every: int = 1  # epochs, and at the end
     workers: int = 4  # that load pictures
     seed: int = 0  # of every draw
-    device: str = ""  # cpu, cuda, cuda:1, mps; else the best there is
+    device: str = ""  # cpu, cuda, cuda:1, mps; else the best
 
     def __post_init__(self):
         name, labels = Path(self.dataset).name, Path(self.labeled).stem
@@ -618,7 +618,7 @@ def share_loss(learner, images, step, share, s):
         gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)  # [B]
         confidence, pseudo_label = logits_t.float().softmax(1).max(1)  # [B, H, W]
         confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
-        del logits_s, logits_t  # memory
+        del logits_s, logits_t
         intensity, mixed, partner, box = adapted_views(weak, strong, gamma, step, share, s)
         # No loss looks at u's output: it is there for BatchNorm's running statistics, to fit the
         # clean images that hardness and evaluation see.
@@ -649,7 +649,7 @@ def adapted_views(weak, strong, gamma, step, share, s):
     """Section 5 put together: two views of the weak images, float [B, 3, H, W].
 
     CutMix mixes weak images, with probability mean(1 - gamma). What s.adapt leaves out does not
-    follow gamma: CutMix then has probability 1/2, as released, and random partners.
+    follow gamma: CutMix then has probability 1/2 and random partners.
     Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
     """
     intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
@@ -703,9 +703,8 @@ def iou_per_class(confusion):
 def predict(model, image):
     """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W]; `model` as of load.
 
-    Shrunk to base_size, it goes through whole; with `sliding` by windows of crop x crop,
-    each 2/3 of one from the one before, the last flush with the border, averaged where they
-    overlap.
+    Shrunk to base_size, it goes through whole; with `sliding` by windows of crop x crop, each 2/3
+    of one from the one before, the last flush with the border, averaged where they overlap.
     """
     s, image = model.settings, normalize(image.to(next(model.parameters()).device))
     full = image.shape[2:]
@@ -844,19 +843,21 @@ def draw_samples(model, samples, path):
     save_sheet(path, ("image", "truth", "teacher's prediction", "confidence (white: 1)"), rows, s)
 
 
+@torch.no_grad()
 def draw_unlabeled(model, batch, gamma, step, samples, path):
     """Write a sheet of the two easiest and two hardest images in the first share of a step: what
     training saw, what `model` says now."""
     rows, s = [], model.settings
     weak, strong, valid, index = (batch[name].chunk(s.accumulate)[0]
                                   for name in ("weak", "strong", "valid", "index"))
+    logits = model(normalize(weak.to(gamma.device))).cpu()
     gamma = gamma[:len(weak)].cpu()
     intensity, mixed, _, box = adapted_views(weak.float(), strong.float(), gamma, step, 0, s)
     order = gamma.argsort(stable=True).tolist()
     for i in order[:2] + order[2:][-2:]:
         corners = masks_to_boxes(box[i:i + 1])
         cutmix = draw_bounding_boxes(mixed[i].byte(), corners, colors="magenta")
-        confidence, label = predict(model, weak[i:i + 1])[0].cpu().max(0)
+        confidence, label = logits[i].softmax(0).max(0)
         pseudo = pil_to_tensor(paint(torch.where(valid[i], label, IGNORE), s).convert("RGB"))
         pseudo = torch.where(confidence >= s.tau, pseudo, 191 + pseudo // 4)
         views = map(to_pil_image, (weak[i], intensity[i].byte(), cutmix, pseudo))
