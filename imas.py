@@ -106,7 +106,7 @@ class Settings:
     tau: float = 0.95  # confidence from which pseudo-labels count
     lambda_u: float = 3.0  # weight of the unlabeled loss
     ema_decay: float = 0.996  # of the teacher; lower for short runs
-    ohem: bool = False  # learn from the hardest labeled pixels alone
+    ohem: bool = False  # learn from the hardest labeled pixels alone, 50 000 an image
     aux_weight: float = 0.0  # of an auxiliary head on layer3; 0: none
     sliding: bool = False  # evaluate by overlapping windows of crop x crop
     eval_every: int = 1  # epochs, and at the end
@@ -333,8 +333,8 @@ def epoch_loader(samples, epoch, steps, batch, s):
 
 
 def epoch_batches(labeled, unlabeled, epoch, steps, s):
-    """An epoch's batches, labeled and unlabeled images in one dict; in the warm-up and a supervised
-    run twice as many labeled ones."""
+    """An epoch's batches: labeled and unlabeled images in one dict; in the warm-up and a supervised
+    run labeled ones alone, twice as many."""
     if s.method == "supervised" or epoch < s.warmup_epochs:
         return epoch_loader(labeled, epoch, steps, 2 * s.batch, s)
     kinds = (epoch_loader(samples, epoch, steps, s.batch, s) for samples in (labeled, unlabeled))
@@ -446,11 +446,10 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
     count = count.scatter_add_(0, cell, valid.flatten().long()).view(B, C, C)
     n_t, n_s, both = count.sum(2), count.sum(1), count.diagonal(dim1=1, dim2=2)  # [B, C] each
     iou = both / (n_t + n_s - both).clamp(min=1)
+    if background is not None:
+        n_t[:, background] = n_s[:, background] = 0
 
     def weighted_iou(n):  # n [B, C]: r's pixels; n_s for wIoU(p^t | p^s)
-        if background is not None:
-            n = n.clone()
-            n[:, background] = 0
         return (n * iou).sum(1) / n.sum(1).clamp(min=1)
 
     return 1 - (rho_s * weighted_iou(n_s) + rho_t * weighted_iou(n_t)) / 2
@@ -572,14 +571,14 @@ def train_step(learner, batch, step, teacher_step, s, device):
 
     A share is what goes through the networks at once: a step's batch is cut into processes x
     --accumulate of them. Images are paired, and CutMix is decided on, within a share.
-    Returns MEASURED [shares, 5]; gamma [unlabeled]; whether the first share has a CutMix view.
+    Returns this process's MEASURED [accumulate, 5]; gamma; whether its first share has CutMix.
     """
     results = []
     for k in range(s.accumulate):
-        images = {name: x.chunk(s.accumulate)[k].to(device, non_blocking=True)
+        # On MPS a copy not waited for can be garbage.
+        images = {name: x.chunk(s.accumulate)[k].to(device, non_blocking=device.type == "cuda")
                   for name, x in batch.items()}
-        # Processes average gradients once a step, with the last share.
-        apart = WORLD > 1 and k + 1 < s.accumulate
+        apart = WORLD > 1 and k + 1 < s.accumulate  # gradients are averaged with the last share
         with learner.parallel.no_sync() if apart else nullcontext():
             loss, *result = share_loss(learner, images, step, RANK * s.accumulate + k, s)
             (loss / s.accumulate).backward()
@@ -662,12 +661,12 @@ def adapted_views(weak, strong, gamma, step, share, s):
     if "cutmix" not in s.adapt:
         partner = torch.randperm(len(gamma), generator=generator)
     box = cutmix_boxes(len(gamma), *weak.shape[2:], generator)
-    partner, box = (x.to(weak.device, non_blocking=True) for x in (partner, box))
+    partner, box = (x.to(weak.device) for x in (partner, box))
     return intensity, torch.where(box.unsqueeze(1), weak[partner], weak), partner, box
 
 
 def labeled_loss(logits, label, s):
-    """L_x of one output; OHEM keeps at least 50 000 pixels for each image of the share."""
+    """L_x of one output; OHEM keeps at least 50 000 pixels for each image."""
     if s.ohem:
         return ohem_cross_entropy(logits, label, 0.7, min_kept=50_000 * len(logits))
     return supervised_loss(logits, label)
@@ -743,7 +742,7 @@ def evaluate(model, samples, device):
 
 def set_up_device(s):
     """The device asked for, or the best there is; joins the processes."""
-    best = "mps" if torch.backends.mps.is_available() else "cpu"
+    best = "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
     name = s.device or ("cuda" if torch.cuda.is_available() else best)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     with explained(f"no device {name} for {local} process(es)", "try --device cpu"):
@@ -771,12 +770,12 @@ def build_model(s, weights=None):
 
 def build_learner(s, device, steps):
     """A Learner with a schedule over `steps` steps."""
-    torch.manual_seed(s.seed)  # for the first weights; all else has generators
+    torch.manual_seed(s.seed)  # for the first weights alone
     student = build_model(s, s.weights).to(device, memory_format=torch.channels_last).train()
     if WORLD > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     for m in student.modules():
-        if hasattr(m, "momentum"):  # BatchNorm: K shares move its statistics as far as one
+        if hasattr(m, "momentum"):  # BatchNorm: K shares move it about as one
             m.momentum /= s.accumulate
     teacher = copy.deepcopy(student).requires_grad_(False).eval()
     parallel = student
@@ -871,7 +870,7 @@ def plot(runs, path):
     with explained("no curves", "they take pip install matplotlib, and runs after an epoch"):
         from matplotlib.figure import Figure
         logs = [np.genfromtxt(f"{run}/log.csv", None, delimiter=",", names=True) for run in runs]
-        tables = [Path(run, "hardness.csv").read_text().splitlines() for run in runs]
+        tables = [Path(run, "hardness.csv").read_text("utf-8").splitlines() for run in runs]
     figure = Figure((9, 6.4), layout="constrained")
     miou, loss, mean, single = figure.subplots(2, 2).flat
     for run, log, table in zip(runs, logs, tables):
@@ -908,7 +907,8 @@ def begin_run(s, device, resume):
     require(found[0] or RANK > 0 or not (last.exists() or (out / "log.csv").exists()),
             f"{out} holds a run: --resume (from last.pt), delete it, or change --out")
     fixed = {name: value for name, value in vars(s).items() if name not in FREE}
-    fixed |= {"shares": shares, "images": [[x.id for x in part] for part in images]}
+    ids = [[x.id for x in part] for part in images]
+    fixed |= {"processes x accumulate": shares, "images": ids}
     run = {"fixed": fixed, "epoch": 0, "best": -1.0, "log.csv": ",".join(COLUMNS) + "\n",
            "hardness.csv": "epoch,id,hardness\n"}
     steps = len(images[1]) // s.batch
@@ -929,7 +929,8 @@ def begin_run(s, device, resume):
             out.mkdir(parents=True, exist_ok=True)
         labeled, unlabeled, validation = map(len, images)
         print(f"{labeled} labeled images ({note}), {unlabeled} unlabeled, {validation} validation; "
-              f"epochs {run['epoch'] + 1} to {s.epochs} of {steps} steps, on {device}, into {out}")
+              f"epochs {run['epoch'] + 1} to {s.epochs} of {steps} steps, the warm-up's to "
+              f"{s.warmup_epochs}; on {device}, into {out}")
     return images, learner, run, steps
 
 
@@ -942,7 +943,6 @@ def train(s, device, images, learner, run, steps):
         gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
         batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
         for step, batch in enumerate(batches, epoch * steps):
-            # 0 in the first epoch with unlabeled images: the teacher is the student.
             teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
             values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
             measured.append(values)
@@ -993,7 +993,7 @@ def end_epoch(s, learner, run, row, gammas):
     trained = {name: getattr(learner, name).state_dict() for name in TRAINED}
     save(out / "last.pt", lambda file: torch.save({"settings": vars(s), **run, **trained}, file))
     write_tables(s, run)
-    shown = (f"{name} {value:.4g} " for name, value in zip(COLUMNS, row) if value == value)
+    shown = (f"{name} {value:.5g} " for name, value in zip(COLUMNS, row) if value == value)
     print(*shown, flush=True)
 
 
@@ -1100,8 +1100,8 @@ def predict_pictures(model, names, out):
 
 
 def main(argv=None):
-    """Do what the command line says. A mistake ends in one line, of the first process while all set
-    up alike, else of the one that meets it."""
+    """Do what the command line says. A mistake ends in one line: process 0's while all set up
+    alike, later its finder's."""
     tells, code = os.environ.get("LOCAL_RANK", "0") == "0", 2
     try:
         s, todo = parse(argv)
