@@ -89,7 +89,7 @@ def voc(tmp_path):
 
 @pytest.fixture
 def sharp(monkeypatch):
-    """A new network is unsure of everything, and all hardness 1. Make it sure of something."""
+    """A new network is unsure of everything, all hardness 1. Make it sure."""
     def build(*arguments, real=imas.build_model):
         model = real(*arguments)
         model.decoder[-1].weight.data *= 30
@@ -713,7 +713,7 @@ MISTAKES = [  # files of the dataset or another change of it, flags, what the li
     ({}, "--accumulate 4", "--batch 4|2 images"), ({}, "--background 21", "21 is no class"),
     ({}, "--device cuda", "cuda for 9 process(es) (0 GPUs)"), ({}, "--device meta", "meta"),
     ({"log.csv": b"mine"}, "--out {r}", "holds a run|--out"),
-    ({VAL: b"val_0\nval_1\n"}, "--resume", "begun with|images|--out"),
+    ({VAL: b"val_0\nval_1\n"}, "--resume --accumulate 2", "begun with|accumulate|images|--out"),
     ({"../run/last.pt": b"PK\x03\x04"}, "--resume", "last.pt|no whole checkpoint"),
     ({}, "--eval {r}/x.pt --width 16", "x.pt does not fit|flags"),
     ({}, MASKS + "{r}/SegmentationClass", "img_0.png|is there"),
