@@ -50,6 +50,8 @@ from torchvision.utils import draw_bounding_boxes
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IGNORE = 255  # label of pixels that no loss or score sees
+# On MPS the gradients of channels-last BatchNorm were wrong (PyTorch's issue 175189).
+LAYOUT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights
 
 
@@ -106,7 +108,7 @@ class Settings:
     tau: float = 0.95  # confidence from which pseudo-labels count
     lambda_u: float = 3.0  # weight of the unlabeled loss
     ema_decay: float = 0.996  # of the teacher; lower for short runs
-    ohem: bool = False  # learn from the hardest labeled pixels alone, 50 000 an image
+    ohem: bool = False  # learn from the hardest labeled pixels alone
     aux_weight: float = 0.0  # of an auxiliary head on layer3; 0: none
     sliding: bool = False  # evaluate by overlapping windows of crop x crop
     eval_every: int = 1  # epochs, and at the end
@@ -329,7 +331,7 @@ def epoch_loader(samples, epoch, steps, batch, s):
     mine = keys.reshape(steps, WORLD, -1, 2)[:, RANK].reshape(-1, 2).tolist()
     make = partial(training_batch, samples=samples, kind=kind, epoch=epoch, s=s)
     return DataLoader(mine, batch // WORLD, collate_fn=make, num_workers=s.workers,
-                      pin_memory=torch.cuda.is_available())
+                      pin_memory=torch.cuda.is_initialized())
 
 
 def epoch_batches(labeled, unlabeled, epoch, steps, s):
@@ -342,9 +344,9 @@ def epoch_batches(labeled, unlabeled, epoch, steps, s):
 
 
 def normalize(images):
-    """uint8 [B, 3, H, W] -> float32, ImageNet's mean and deviation, channels-last."""
+    """uint8 [B, 3, H, W] -> float32, ImageNet's mean and deviation, in LAYOUT."""
     channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]
-    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
+    return torch.stack(channels, 1).contiguous(memory_format=LAYOUT)
 
 
 # 3 ---------- model
@@ -554,10 +556,10 @@ def update_teacher(teacher, student, step, decay):
     alpha = min(1 - 1 / (step + 1), decay)
     pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
     floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    counts = [pair for pair in pairs if not pair[0].is_floating_point()]
     torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - alpha)
-    if counts:
-        torch._foreach_copy_([t for t, _ in counts], [s for _, s in counts])
+    for t, s in pairs:
+        if not t.is_floating_point():
+            t.copy_(s)
 
 
 # 8 ---------- one training step
@@ -575,8 +577,7 @@ def train_step(learner, batch, step, teacher_step, s, device):
     """
     results = []
     for k in range(s.accumulate):
-        # On MPS a copy not waited for can be garbage.
-        images = {name: x.chunk(s.accumulate)[k].to(device, non_blocking=device.type == "cuda")
+        images = {name: x.chunk(s.accumulate)[k].to(device, non_blocking=x.is_pinned())
                   for name, x in batch.items()}
         apart = WORLD > 1 and k + 1 < s.accumulate  # gradients are averaged with the last share
         with learner.parallel.no_sync() if apart else nullcontext():
@@ -771,7 +772,7 @@ def build_model(s, weights=None):
 def build_learner(s, device, steps):
     """A Learner with a schedule over `steps` steps."""
     torch.manual_seed(s.seed)  # for the first weights alone
-    student = build_model(s, s.weights).to(device, memory_format=torch.channels_last).train()
+    student = build_model(s, s.weights).to(device, memory_format=LAYOUT).train()
     if WORLD > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
     for m in student.modules():
@@ -1062,7 +1063,7 @@ def load(checkpoint, device="cpu", s=None):
     with explained(f"{checkpoint} does not fit", "leave out the flags that change the network"):
         model = build_model(s or Settings(**content["settings"]))
         model.load_state_dict(content["teacher"])
-    return model.to(device, memory_format=torch.channels_last).eval()
+    return model.to(device, memory_format=LAYOUT).eval()
 
 
 def score(model, validation, checkpoint, device):
@@ -1082,7 +1083,7 @@ def predict_pictures(model, names, out):
     files or folders; then UserError if some failed."""
     pictures, faults = [], []
     for name in names:
-        pictures += sorted(Path(name).glob("*")) or [Path(name)]
+        pictures += sorted(Path(name).glob("[!.]*")) or [Path(name)]
     for path in pictures[RANK::WORLD]:
         mask, overlay = Path(out, f"{path.stem}.png"), Path(out, f"{path.stem}_overlay.png")
         try:
@@ -1133,7 +1134,7 @@ def main(argv=None):
         tells, code, line = RANK == 0, 130, "stopped; a run goes on with --resume"
     except Exception as error:
         tells, line = True, str(error).partition("\n")[0]
-        if re.search("of (shared )?memory|ALLOC_FAILED|allocate |worker .pid", str(error)):
+        if re.search("of (shared )?memory|ALLOC|allocate |invalid conf|worker .pid", str(error)):
             line += ": raise --accumulate, lower --batch, --crop, --workers; to evaluate --sliding"
         else:
             code, line = 1, traceback.format_exc()
