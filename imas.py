@@ -50,7 +50,7 @@ from torchvision.utils import draw_bounding_boxes
 HERE = Path(__file__).resolve().parent
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 IGNORE = 255  # label of pixels that no loss or score sees
-# On MPS the gradients of channels-last BatchNorm were wrong (PyTorch's issue 175189).
+# Channels-last, but on MPS, where BatchNorm's gradients were wrong in it.
 LAYOUT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights
 

@@ -474,6 +474,7 @@ def first_step(s):
     ({}, True), ({}, False), ({"adapt": "intensity"}, True), ({"adapt": "cutmix,loss"}, True),
     ({"method": "uniform"}, True), ({"ohem": True, "aux_weight": 0.4}, False)])
 def test_step_is_the_algorithm(changes, fires, voc, sharp):
+    """Losses, gradients and teacher against the algorithm written again, pixel by pixel."""
     s = settings(root=str(voc), base_size=27, seed=3, weight_decay=0.5, **changes)
     learner, images, _, gradients = first_step(s)
     student, old = copy.deepcopy(learner.student), copy.deepcopy(learner.teacher.state_dict())
@@ -950,7 +951,6 @@ def test_cityscapes_in_its_published_layout(web, tmp_path, monkeypatch, capsys):
     assert "3 labeled images" in told and "of 2 steps" in told and '"images": 2' in told
 
 
-@pytest.mark.skipif(torch.__version__ < "2.14", reason="fake tensors of older torch abort here")
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("changes", [{"accumulate": 2}, {"method": "supervised"},
                                      {"method": "uniform", "ohem": True, "aux_weight": 0.4}])
