@@ -2,33 +2,37 @@
 
 Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the paper.
 
-    python imas.py                                             the demo: on a CPU, in minutes
-    torchrun imas.py --dataset voc --labeled 183               VOC, on one GPU
-    python imas.py --dataset PATH --num-classes N --labeled K  your own pictures
+    python imas.py                                                the demo: on a CPU, in minutes
+    torchrun imas.py --dataset voc --labeled 183                  PASCAL VOC, on one GPU
+    torchrun --nproc-per-node 4 imas.py --dataset voc --labeled 183    on four
+    python imas.py --dataset FOLDER --num-classes N --labeled K   your own images
 
-A student network learns from a few labeled images and many unlabeled ones. Their labels are made up
-by a teacher, whose weights are the running mean of the student's. Where the two disagree about an
-image or are unsure, it is hard: its labels are not to be trusted, and distorting it would hurt.
-Each has a hardness gamma in [0, 1] (section 4), which steers how it is distorted and mixed (5), and
-how much it counts (6); as the two learn to agree, more is asked. Section 8, share_loss, is the
-algorithm: begin there. "Released" is the authors' code.
+A student network learns from a few labeled images and many unlabeled ones. A teacher, the moving
+average of the student, predicts pseudo-labels for the unlabeled images. Where teacher and student
+disagree about an image, or are not confident, the image is hard: its pseudo-labels are not to be
+trusted. Its hardness gamma in [0, 1] (section 2) decides how strongly it is augmented, with which
+image it is mixed (3) and how much its loss counts (4). Section 6 is the paper's Algorithm 1.
+
+Sections 2 to 5, the method, stand alone: copy the functions that you need. In all of them B is the
+number of images, C of classes, H and W are height and width, and label 255 is ignored.
 """
 
 import argparse
 import copy
-import csv
 import dataclasses
+import glob
 import inspect
+import io
 import json
 import math
 import os
 import re
 import runpy
+import signal
 import sys
 import time
 import traceback
-from collections import defaultdict, namedtuple
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Literal, get_args
@@ -36,434 +40,251 @@ from typing import Literal, get_args
 import numpy as np
 import torch
 import torch.distributed as dist
-import torchvision
-from PIL import Image, ImageColor, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+import torch.nn.functional as F
+from PIL import Image, ImageFilter, ImageOps
 from torch import nn
-from torch.utils.data import DataLoader, default_collate
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Dataset
+from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
 from torchvision.models.segmentation.fcn import FCNHead
-from torchvision.ops import Conv2dNormActivation, masks_to_boxes
-from torchvision.transforms.functional import adjust_hue, pil_to_tensor, resize, to_pil_image
-from torchvision.utils import draw_bounding_boxes
+from torchvision.ops import Conv2dNormActivation
+from torchvision.transforms import functional as TF
 
-HERE = Path(__file__).resolve().parent
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-IGNORE = 255  # label of pixels that no loss or score sees
-# Channels-last, but on MPS, where BatchNorm's gradients were wrong in it.
-LAYOUT = torch.contiguous_format if torch.backends.mps.is_available() else torch.channels_last
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's, for its weights
+DATA = Path(__file__).resolve().parent / "data"
+RANK = int(os.environ.get("RANK", 0))  # these three are set by torchrun
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
+MEAN = (0.485, 0.456, 0.406)  # of ImageNet's red, green and blue, in [0, 1]
+STD = (0.229, 0.224, 0.225)
 
 
 class UserError(Exception):
-    """A mistake of the user's: what is wrong, where, what to do, in one line."""
+    """A mistake of the user's: what is wrong, where, and what to do, in one line."""
 
 
-def require(fine, line):
-    """Raise UserError(line) unless `fine`."""
-    if not fine:
-        raise UserError(line)
+def check(condition, *words):
+    """Raise UserError unless the condition holds; words as for print."""
+    if not condition:
+        raise UserError(" ".join(map(str, words)).replace(" :", ":"))
 
 
 @contextmanager
-def explained(what, advice):
-    """Turn errors into UserError."""
+def explain(*words):
+    """Turn an error within into UserError: these words, and the error's own."""
     try:
         yield
     except Exception as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{what} ({reason}): {advice}") from None
+        reason = re.split(r"\n|\. ", str(error))[0] or repr(error)
+        check(False, *words, f"({reason})")
 
 
 # 1 ---------- settings
 
+ALL_PARTS = "intensity,cutmix,loss"  # what can follow hardness
+Adapt = Literal["none", "intensity", "cutmix", "loss", "intensity,cutmix", "intensity,loss",
+                "cutmix,loss", ALL_PARTS]
+
+
 @dataclasses.dataclass
 class Settings:
-    """All settings, each a flag with its comment for help; PRESETS override these defaults."""
+    """All settings. Each is a flag, its comment the help; parse puts PRESETS over the defaults."""
     dataset: str = "demo"  # demo, voc, cityscapes, camvid, or a folder
-    root: str = ""  # folder of the data: data/DATASET
-    out: str = ""  # folder of the run: runs/DATASET-LABELED-METHOD-SEED
-    labeled: str = ""  # how many images keep labels, or a list of ids
-    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: --adapt none
-    adapt: str = "intensity,cutmix,loss"  # which of these follow hardness, or none
+    root: str = ""  # folder of the data; else data/DATASET, or the folder DATASET
+    out: str = ""  # new folder of the run; else runs/DATASET-LABELED-METHOD-SEED
+    labeled: str = ""  # how many images keep their labels, or a file with their ids
+    method: Literal["imas", "uniform", "supervised"] = "imas"  # imas, uniform or supervised
+    adapt: Adapt = ALL_PARTS  # what follows hardness: none, or some of intensity,cutmix,loss
     num_classes: int = 0  # in the masks, background included
     class_names: str = ""  # from class 0 on: sky,road,...
-    background: int | None = 0  # class left out of hardness; or none
-    backbone: Literal["resnet8", "resnet18", "resnet34", "resnet50", "resnet101"] = "resnet50"
-    weights: Literal["imagenet", "none"] = "imagenet"  # of the backbone
-    output_stride: Literal[8, 16] = 16  # 8 is finer, three times slower
+    background: int | None = 0  # class left out of hardness, or none
+    backbone: str = "resnet50"  # resnet18, 34, 50, 101; or resnet8, small and without weights
+    weights: Literal["imagenet", "none"] = "imagenet"  # first weights of the backbone; or none
+    output_stride: Literal[8, 16] = 16  # 16, or 8: finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # long side before scaling, in evaluation at most; 0: as it is
-    min_scale: float = 0.5  # random scaling from here ...
-    max_scale: float = 2.0  # ... to here
-    crop: int = 513  # side in pixels
-    batch: int = 16  # labeled images a step, and unlabeled ones, of all processes
-    accumulate: int = 1  # shares of a process's batch; raise it to save memory
+    base_size: int = 0  # long side before random scaling, and the most in evaluation; 0: any
+    crop: int = 513  # side of a training image, in pixels
+    batch: int = 16  # labeled images a step, and unlabeled ones, over all processes
+    accumulate: int = 1  # micro-batches a step in each process; raise it to save memory
     epochs: int = 80  # passes over the unlabeled images, warm-up included
-    warmup_epochs: int = 0  # supervised ones; without weights take a few
-    lr: float = 0.001  # falls as (1 - step/steps)^0.9
-    head_lr: float = 10.0  # factor of lr for all but the backbone
-    momentum: float = 0.9  # of SGD
+    warmup_epochs: int = 0  # supervised ones at the start; without weights take a few
+    lr: float = 0.001  # of the backbone; falls as (1 - step/steps)^0.9
+    head_lr: float = 10.0  # factor of lr, for all but the backbone
     weight_decay: float = 1e-4  # of SGD
-    tau: float = 0.95  # confidence from which pseudo-labels count
+    tau: float = 0.95  # least confidence of a pseudo-label that counts
     lambda_u: float = 3.0  # weight of the unlabeled loss
-    ema_decay: float = 0.996  # of the teacher; lower for short runs
+    ema_decay: float = 0.996  # of the teacher; lower it for short runs
     ohem: bool = False  # learn from the hardest labeled pixels alone
-    aux_weight: float = 0.0  # of an auxiliary head on layer3; 0: none
+    aux_weight: float = 0.0  # of the loss of an auxiliary head on layer3; 0: no such head
     sliding: bool = False  # evaluate by overlapping windows of crop x crop
-    eval_every: int = 1  # epochs, and at the end
-    workers: int = 4  # that load pictures
+    eval_every: int = 1  # epochs; the last one is always evaluated
+    workers: int = min(4, os.cpu_count() // 2)  # processes that load images, for each loader
     seed: int = 0  # of every draw
-    device: str = ""  # cpu, cuda, cuda:1, mps; else the best
+    device: Literal["", "cpu", "cuda"] = ""  # cpu or cuda; else cuda if there is one
 
     def __post_init__(self):
-        name, labels = Path(self.dataset).name, Path(self.labeled).stem
-        preset = f"{HERE}/data/{self.dataset}" if self.dataset in PRESETS else self.dataset
-        self.root = self.root or preset
-        self.out = self.out or f"runs/{name}-{labels}-{self.method}-{self.seed}"
-        self.adapt = "none" if self.method == "uniform" else self.adapt
-        self.class_names = self.class_names or ",".join(map(str, range(self.num_classes)))
+        """Fill in what follows from other settings; UserError for what makes no sense."""
+        folder = DATA / self.dataset if self.dataset in PRESETS else Path(self.dataset)
+        check(2 <= self.num_classes <= 255,
+              "--num-classes has to be from 2 to 255, unless --dataset is one of", *PRESETS)
+        check(0 <= self.tau <= 1 and 0 <= self.ema_decay <= 1,
+              "--tau and --ema-decay have to be from 0 to 1")
+        check(self.crop >= 33, "--crop has to be 33 or more")
+        check(min(self.epochs, self.eval_every, self.batch, self.accumulate, self.width) > 0,
+              "--epochs, --eval-every, --batch, --accumulate and --width have to be 1 or more")
+        numbers = (self.warmup_epochs, self.workers, self.seed, self.base_size, self.lr,
+                   self.head_lr, self.weight_decay, self.lambda_u, self.aux_weight)
+        check(all(0 <= number < math.inf for number in numbers),
+              "--warmup-epochs, --workers, --seed, --base-size, --lr, --head-lr, --weight-decay,",
+              "--lambda-u and --aux-weight have to be 0 or more")
+        classes = range(self.num_classes)
+        check(self.background in (None, *classes), "--background has to be a class, or none")
+        self.class_names = self.class_names or ",".join(map(str, classes))
+        check(self.class_names.count(",") == self.num_classes - 1,
+              "--class-names have to be as many as --num-classes")
+        method = self.method
+        if method != "imas":
+            check(self.adapt in (ALL_PARTS, "none"), "--adapt is for --method imas")
+            self.adapt = "none"
+        elif self.adapt != ALL_PARTS:
+            method = self.adapt
+        labels = "-".join(Path(self.labeled.removesuffix(".txt")).parts[-2:])
+        self.root = os.path.abspath(self.root or folder)
+        self.out = self.out or f"runs/{folder.resolve().name}-{labels}-{method}-{self.seed}"
 
 
-VOC = "background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,diningtable,dog,horse," \
-      "motorbike,person,pottedplant,sheep,sofa,train,tvmonitor"
-CITYSCAPES = [c.name for c in torchvision.datasets.Cityscapes.classes if 0 <= c.train_id < 19]
-CAMVID = "sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist"
 PRESETS = {
-    "voc": dict(num_classes=21, class_names=VOC, backbone="resnet101", base_size=500),
-    # As released, hardness leaves out Cityscapes' class 0, road, too.
-    "cityscapes": dict(
-        num_classes=19, class_names=",".join(CITYSCAPES), base_size=2048, crop=769, lr=0.01,
-        head_lr=1.0, weight_decay=5e-4, epochs=240, tau=0.7, ohem=True, aux_weight=0.4,
-        sliding=True),
-    "camvid": dict(
-        num_classes=11, class_names=CAMVID, background=None, backbone="resnet18", weights="none",
-        width=64, base_size=240, crop=128, batch=4, lr=0.005, head_lr=1.0, tau=0.8, epochs=28,
-        warmup_epochs=12),
     "demo": dict(
-        num_classes=6, class_names="background,disc,square,triangle,cross,ring", labeled="16",
-        backbone="resnet8", weights="none", width=64, base_size=64, crop=64, lr=0.03, head_lr=1.0,
-        tau=0.8, lambda_u=1.0, ema_decay=0.99, epochs=70, warmup_epochs=1, eval_every=5,
-        workers=0),
+        num_classes=6, labeled="16", backbone="resnet8", weights="none", width=64, base_size=64,
+        crop=64, epochs=70, warmup_epochs=1, lr=0.03, head_lr=1.0, tau=0.8, lambda_u=1.0,
+        ema_decay=0.99, eval_every=5, workers=0,
+        class_names="background,disc,square,triangle,cross,ring",
+    ),
+    "voc": dict(
+        num_classes=21, backbone="resnet101", base_size=500,
+        class_names="background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,"
+                    "diningtable,dog,horse,motorbike,person,pottedplant,sheep,sofa,train,tvmonitor",
+    ),
+    # As in the authors' code, hardness leaves out Cityscapes' class 0, road, too.
+    "cityscapes": dict(
+        num_classes=19, base_size=2048, crop=769, epochs=240, lr=0.01, head_lr=1.0,
+        weight_decay=5e-4, tau=0.7, ohem=True, aux_weight=0.4, sliding=True,
+        class_names="road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,"
+                    "terrain,sky,person,rider,car,truck,bus,train,motorcycle,bicycle",
+    ),
+    "camvid": dict(
+        num_classes=11, background=None, backbone="resnet18", weights="none", width=64,
+        base_size=240, crop=128, batch=4, epochs=28, warmup_epochs=12, lr=0.005, head_lr=1.0,
+        tau=0.8,
+        class_names="sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist",
+    ),
 }
 
 
-def check_settings(s):
-    """UserError for the first value out of its limits."""
-    for name, value in vars(s).items():
-        low = {"crop": 32, "width": 1, "accumulate": 1, "epochs": 1, "eval_every": 1}.get(name, 0)
-        high = {"momentum": 1, "tau": 1, "ema_decay": 1, "min_scale": s.max_scale}.get(name, 1e9)
-        require(type(value) not in (int, float) or low <= value <= high,
-                f"--{name.replace('_', '-')} {value} is not from {low} to {high:g}")
-    names, classes = s.class_names.split(","), range(s.num_classes)
-    require(1 < s.num_classes < 256, "--num-classes is missing, or not from 2 to 255")
-    require(len(names) == len(classes), f"--class-names: {len(names)} for {len(classes)} classes")
-    require(s.background in (None, *classes), f"--background {s.background} is no class, nor none")
-    require(s.backbone != "resnet8" or s.weights == "none", "--backbone resnet8: --weights none")
-    require(s.adapt == "none" or set(s.adapt.split(",")) <= {"intensity", "cutmix", "loss"},
-            f"--adapt {s.adapt}: choose among intensity,cutmix,loss; or none")
+# 2 ---------- quantitative hardness
 
+def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
+    """Hardness gamma of each image: how little student and teacher agree, and how unsure they are.
 
-# 2 ---------- data
+    Paper, "Quantitative hardness analysis": class-weighted symmetric IoU. p^s, p^t: softmax.
 
-Sample = namedtuple("Sample", "id image mask")  # mask: None where labels are not to be read
+        rho(p)      = fraction of pixels whose highest probability is >= tau
+        IoU_k       = IoU of class k between argmax p^s and argmax p^t; 0 where neither predicts k
+        wIoU(q | r) = sum_k w_k IoU_k, w_k = fraction of class k in argmax r, renormalised without
+                      `background`
+        gamma       = 1 - 1/2 [ rho(p^s) wIoU(p^t | p^s) + rho(p^t) wIoU(p^s | p^t) ]
 
-
-def read_ids(path):
-    """The ids in a list, one a line. A path names its id: JPEGImages/x.jpg is x."""
-    with explained(f"no list {path}", "see --root, or python data/prepare.py"):
-        lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    around = r"^[./]*(JPEGImages/)?|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
-    ids = [re.sub(around, "", line.strip(), flags=re.I) for line in lines if line.strip()]
-    require(ids, f"the list {path} is empty: write an id a line")
-    return list(dict.fromkeys(ids))
-
-
-def find_samples(s, ids, with_masks):
-    """The files of `ids`, a list of Sample. UserError for the first that is unfit."""
-    folder, found, samples = Path(s.root, "JPEGImages"), defaultdict(list), []
-    for path in folder.rglob("*"):
-        if path.suffix.lower() in Image.registered_extensions():
-            found[path.relative_to(folder).with_suffix("").as_posix()].append(path)
-    for name in ids:
-        advice = f"mend it, or take {name} off the list"
-        require(len(found[name]) == 1, f"{len(found[name])} pictures {folder / name}.*: {advice}")
-        mask = Path(s.root, "SegmentationClass", f"{name}.png") if with_masks else None
-        samples.append(Sample(name, found[name][0], mask))
-        with explained("no readable picture or mask", advice):
-            sizes = [sorted(Image.open(path).size) for path in samples[-1][1:] if path]
-        require(sizes[0] == sizes[-1], f"{mask} and its image differ in size, {sizes}: {advice}")
-    return samples
-
-
-def find_data(s):
-    """The images of a run, labeled, unlabeled, validation; and where the labels are from."""
-    folder, listed = Path(s.root, "ImageSets/Segmentation"), Path(s.labeled)
-    train = folder / ("train_aug.txt" if (folder / "train_aug.txt").is_file() else "train.txt")
-    validation, pool = find_samples(s, read_ids(folder / "val.txt"), True), read_ids(train)
-    require(s.labeled, "--labeled is missing: a number of images, or a list of ids")
-    if s.labeled.isdecimal():
-        listed = Path(s.root, "splits", s.labeled, "labeled.txt")
-    if listed.is_file() or not s.labeled.isdecimal():
-        labeled, note = read_ids(listed), f"listed in {listed}"
-        rest = listed.with_name("unlabeled.txt")
-        pool = read_ids(rest) if rest.is_file() else pool
-    else:
-        masked = [i for i in pool if Path(s.root, "SegmentationClass", f"{i}.png").is_file()]
-        require(0 < int(s.labeled) <= len(masked),
-                f"--labeled {s.labeled}: of {train} {len(masked)} have a mask; take 1 to that many")
-        draw = np.random.default_rng(s.seed).permutation(len(masked))[:int(s.labeled)]
-        labeled = [masked[i] for i in draw]
-        note = f"drawn with seed {s.seed} from the {len(masked)} with a mask in {train.name}"
-    unlabeled = sorted(set(pool) - set(labeled))
-    both = sorted({sample.id for sample in validation} & {*labeled, *unlabeled})
-    require(not both, f"in val.txt and for training too: {both[:3]}: take them off one list")
-    require(len(unlabeled) >= s.batch,
-            f"{len(unlabeled)} unlabeled images for steps of {s.batch}: lower --labeled or --batch")
-    return find_samples(s, labeled, True), find_samples(s, unlabeled, False), validation, note
-
-
-def decode(path):
-    """The picture in a file as a PIL image, turned as its camera says."""
-    with explained(f"cannot decode {path}", "replace it, or take it off the lists"):
-        return ImageOps.exif_transpose(Image.open(path))
-
-
-def read_image(path):
-    """The picture in a file as a PIL image in RGB."""
-    image = decode(path)
-    require(image.mode[0] not in "IF", f"{path} has mode {image.mode}: save it with 8 bits a band")
-    return image.convert("RGB")
-
-
-def read_sample(sample, num_classes):
-    """Image and mask, PIL images of one size; the mask holds classes, 0..num_classes-1, or 255: the
-    stored values, not a palette's colours."""
-    image = read_image(sample.image)
-    if sample.mask is None:
-        return image, Image.new("L", image.size)
-    mask = decode(sample.mask)
-    labels = np.array(mask)
-    stored = set(np.unique(labels).tolist())
-    fine = labels.ndim == 2 and stored <= {*range(num_classes), IGNORE}
-    black_and_white = mask.mode == "L" and num_classes == 2 and stored == {0, IGNORE}
-    require(fine and not black_and_white, f"the mask {sample.mask} ({mask.mode}) holds "
-            f"{sorted(stored)[:9]}, for classes 0 to {num_classes - 1} or {IGNORE}: "
-            "see data/prepare.py own")
-    require(mask.size == image.size, f"{sample.mask} lies on its side: turn it as its image")
-    return image, Image.fromarray(labels.astype(np.uint8))
-
-
-def weak_augment(image, mask, s, rng):
-    """A_w: random scale, crop and flip of a PIL image and its mask, at most crop x crop.
-
-    As resize-then-crop, up to rounding, but the window alone is resampled.
+    Both logits: float [B, C, H, W], in eval mode and without gradient; tau in [0, 1]; background:
+    a class or None; valid: bool [B, H, W], False for padding: fractions are of the valid pixels.
+    -> float32 [B] in [0, 1], 1 = hardest. While the teacher equals the student it is 1 - rho; but
+    where background alone is predicted, it is 1.
     """
-    factor = rng.uniform(s.min_scale, s.max_scale)
-    factor *= s.base_size / max(image.size) if s.base_size else 1
-    width, height = (max(1, round(side * factor)) for side in image.size)
-    w, h = min(width, s.crop), min(height, s.crop)
-    x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-    flip, sx, sy = rng.random() < 0.5, image.width / width, image.height / height
-    box = (x * sx, y * sy, min((x + w) * sx, image.width), min((y + h) * sy, image.height))
-    image = image.resize((w, h), Image.BILINEAR, box=box)
-    mask = mask.resize((w, h), Image.NEAREST, box=box)
-    return (ImageOps.mirror(image), ImageOps.mirror(mask)) if flip else (image, mask)
+    B, C = student_logits.shape[:2]
+    if valid is None:
+        valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool)
+
+    def confident_fraction_and_label(logits):  # rho [B], argmax [B, H, W]
+        top, label = logits.float().max(1)
+        confidence = (top - logits.float().logsumexp(1)).exp()
+        confident = (confidence >= tau) & valid
+        return confident.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1), label
+
+    rho_s, label_s = confident_fraction_and_label(student_logits)
+    rho_t, label_t = confident_fraction_and_label(teacher_logits)
+
+    # A confusion matrix for each image: rows are the teacher's classes, columns the student's.
+    cell = (label_t * C + label_s).flatten(1)
+    confusion = cell.new_zeros(B, C * C).scatter_add_(1, cell, valid.flatten(1).long())
+    confusion = confusion.view(B, C, C)
+    pixels_t = confusion.sum(2)  # [B, C]
+    pixels_s = confusion.sum(1)
+    intersection = confusion.diagonal(dim1=1, dim2=2)
+    iou = intersection / (pixels_t + pixels_s - intersection).clamp(min=1)
+
+    def weighted_iou(pixels):  # wIoU(q | r) [B], by the pixels of each class in r
+        if background is not None:
+            pixels[:, background] = 0  # in place: these counts are not needed again
+        return (pixels * iou).sum(1) / pixels.sum(1).clamp(min=1)
+
+    return 1 - (rho_s * weighted_iou(pixels_s) + rho_t * weighted_iou(pixels_t)) / 2
 
 
-STRONG = (  # A_s: an operation on an image and a magnitude, and the magnitude's range
+# 3 ---------- model-adaptive augmentation
+
+def weak_augment(image, mask, crop, base_size, rng):
+    """A_w: random scaling, crop and horizontal flip of a PIL image and its mask.
+
+    base_size: the long side before scaling by a factor from [0.5, 2], or 0: the image's own. rng:
+    a numpy.random.Generator. -> image and mask of at most crop x crop pixels, as by resizing and
+    then cropping, up to rounding; but only the crop is resampled.
+    """
+    factor = rng.uniform(0.5, 2)
+    if base_size:
+        factor *= base_size / max(image.size)
+    scaled = np.maximum(np.round(np.multiply(image.size, factor)), 1).astype(int)  # width, height
+    size = np.minimum(scaled, crop)
+    corner = rng.integers(scaled - size + 1)
+    to_pixels = image.size / scaled
+    start = corner * to_pixels
+    end = np.minimum((corner + size) * to_pixels, image.size)
+    window = (*start, *end)  # left, top, right, bottom, in the image's own pixels
+    image = image.resize(size.tolist(), Image.BILINEAR, window)
+    mask = mask.resize(size.tolist(), Image.NEAREST, window)
+    if rng.random() < 0.5:
+        return ImageOps.mirror(image), ImageOps.mirror(mask)
+    return image, mask
+
+
+STRONG = (  # operations on a PIL image, with a magnitude m and its range
     (lambda image, m: image, 0, 0),
-    (lambda image, m: ImageOps.autocontrast(image), 0, 0),
-    (lambda image, m: ImageOps.equalize(image), 0, 0),
-    (lambda image, m: ImageOps.invert(image), 0, 0),
+    (lambda image, m: TF.autocontrast(image), 0, 0),
+    (lambda image, m: TF.equalize(image), 0, 0),
+    (lambda image, m: TF.invert(image), 0, 0),
     (lambda image, m: image.filter(ImageFilter.GaussianBlur(m)), 0.1, 2),
-    (lambda image, m: ImageEnhance.Contrast(image).enhance(m), 0.1, 0.95),
-    (lambda image, m: ImageEnhance.Brightness(image).enhance(m), 0.1, 0.95),
-    (lambda image, m: ImageEnhance.Color(image).enhance(m), 0.1, 0.95),
-    (lambda image, m: ImageEnhance.Sharpness(image).enhance(m), 0.1, 0.95),
-    (lambda image, m: ImageOps.posterize(image, int(m)), 4, 8),
-    (lambda image, m: ImageOps.solarize(image, int(m)), 1, 256),
-    (lambda image, m: adjust_hue(image, m), -0.5, 0.5),
+    (TF.adjust_contrast, 0.1, 0.95),
+    (TF.adjust_brightness, 0.1, 0.95),
+    (TF.adjust_saturation, 0.1, 0.95),
+    (TF.adjust_sharpness, 0.1, 0.95),
+    (lambda image, m: TF.posterize(image, int(m)), 4, 8),
+    (lambda image, m: TF.solarize(image, int(m)), 1, 256),
+    (TF.adjust_hue, -0.5, 0.5),
 )
 
 
 def strong_augment(image, rng):
-    """A_s: two operations, drawn with replacement, on a PIL image's colours."""
+    """A_s: two operations of STRONG, drawn with replacement, on the colors of an RGB PIL image."""
     for i in rng.integers(len(STRONG), size=2):
         operation, low, high = STRONG[i]
         image = operation(image, rng.uniform(low, high))
     return image
 
 
-def pad(picture, side, fill=tuple(round(255 * m) for m in MEAN)):
-    """A PIL image as uint8 [bands, side, side], padded at the right and the bottom."""
-    border = (0, 0, side - picture.width, side - picture.height)
-    return pil_to_tensor(ImageOps.expand(picture, border, fill))
-
-
-def training_batch(keys, samples, kind, epoch, s):
-    """Augmented images of `keys`, a list of (position in the epoch, index in `samples`).
-
-    Labeled: image uint8 [B, 3, crop, crop], label uint8 [B, crop, crop]. Unlabeled: weak, strong
-    like image, valid bool [B, crop, crop], False where padded, index int64 [B]. Draws follow from
-    (seed, epoch, kind, position) alone.
-    """
-    images = []
-    for position, index in keys:
-        rng = np.random.default_rng((s.seed, epoch, kind, position))
-        weak, mask = weak_augment(*read_sample(samples[index], s.num_classes), s, rng)
-        image, label = pad(weak, s.crop), pad(mask, s.crop, IGNORE)[0]
-        if samples[index].mask:
-            images.append({"image": image, "label": label})
-        else:
-            images.append({"weak": image, "strong": pad(strong_augment(weak, rng), s.crop),
-                           "valid": label != IGNORE, "index": index})
-    return default_collate(images)
-
-
-def epoch_loader(samples, epoch, steps, batch, s):
-    """This process's part of `steps` batches of `samples`, in random order again and again."""
-    kind = 1 if samples[0].mask else 2  # labeled and unlabeled images draw apart
-    rng = np.random.default_rng((s.seed, epoch, kind))
-    passes = math.ceil(steps * batch / len(samples))
-    order = np.concatenate([rng.permutation(len(samples)) for _ in range(passes)])
-    keys = np.stack([np.arange(steps * batch), order[:steps * batch]], 1)
-    mine = keys.reshape(steps, WORLD, -1, 2)[:, RANK].reshape(-1, 2).tolist()
-    make = partial(training_batch, samples=samples, kind=kind, epoch=epoch, s=s)
-    return DataLoader(mine, batch // WORLD, collate_fn=make, num_workers=s.workers,
-                      pin_memory=torch.cuda.is_initialized())
-
-
-def epoch_batches(labeled, unlabeled, epoch, steps, s):
-    """An epoch's batches: labeled and unlabeled images in one dict; in the warm-up and a supervised
-    run labeled ones alone, twice as many."""
-    if s.method == "supervised" or epoch < s.warmup_epochs:
-        return epoch_loader(labeled, epoch, steps, 2 * s.batch, s)
-    kinds = (epoch_loader(samples, epoch, steps, s.batch, s) for samples in (labeled, unlabeled))
-    return (x | u for x, u in zip(*kinds))
-
-
-def normalize(images):
-    """uint8 [B, 3, H, W] -> float32, ImageNet's mean and deviation, in LAYOUT."""
-    channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]
-    return torch.stack(channels, 1).contiguous(memory_format=LAYOUT)
-
-
-# 3 ---------- model
-
-class DeepLabV3Plus(nn.Module):
-    """DeepLabV3+ (Chen et al., ECCV 2018): float [B, 3, H, W] -> logits [B, num_classes, H, W].
-
-    backbone: resnet18 to 101, or resnet8: one block a stage, no layer4; weights: "imagenet" or
-    None; output_stride: 16 or 8; width: of ASPP and decoder; aux: a second head on layer3, whose
-    logits are a second result in training.
-    """
-
-    def __init__(self, num_classes, backbone="resnet18", weights=None, output_stride=16, width=256,
-                 aux=False):
-        super().__init__()
-        self.backbone = dilated_resnet(backbone, weights, output_stride)
-        low, mid, high = (c * self.backbone.layer1[0].expansion for c in (64, 256, 512))
-        high = mid if backbone == "resnet8" else high
-        self.aspp = ASPP(high, [rate * 16 // output_stride for rate in (6, 12, 18)], width)
-        self.aspp.project = self.aspp.project[:-1]  # without its dropout, as released
-        self.low_level = Conv2dNormActivation(low, 48, 1)
-        self.decoder = nn.Sequential(
-            Conv2dNormActivation(width + 48, width, 3), Conv2dNormActivation(width, width, 3),
-            nn.Conv2d(width, num_classes, 1))
-        self.aux = FCNHead(mid, num_classes) if aux else None
-        if aux:
-            self.aux[3] = nn.Identity()  # its dropout
-
-    def forward(self, images):
-        def upsample(x, like):
-            size = like.shape[-2:]
-            return nn.functional.interpolate(x, size, mode="bilinear", align_corners=True)
-
-        net = self.backbone
-        low = net.layer1(net.maxpool(net.relu(net.bn1(net.conv1(images)))))  # [B, low, H/4, W/4]
-        mid = net.layer3(net.layer2(low))
-        high = self.aspp(net.layer4(mid))  # [B, width, H/stride, W/stride]
-        logits = self.decoder(torch.cat([upsample(high, low), self.low_level(low)], 1))
-        if self.aux is not None and self.training:
-            return upsample(logits, images), upsample(self.aux(mid), images)
-        return upsample(logits, images)  # [B, C, H, W]
-
-
-def dilated_resnet(name, weights, output_stride):
-    """torchvision's ResNet, its last strides turned into dilations; layer4 is multi-grid."""
-    if name == "resnet8":
-        net = ResNet(BasicBlock, [1, 1, 1, 1])
-        net.layer4 = nn.Identity()
-    else:
-        with explained(f"no weights of {name}", "say --weights none, or mend the network"):
-            weights = "IMAGENET1K_V1" if weights == "imagenet" else None
-            net = getattr(torchvision.models, name)(weights=weights)
-    del net.avgpool, net.fc
-    rates = [1] + [2] * 22 if output_stride == 8 else []  # the first block keeps layer2's
-    grid = [32 // output_stride * k for k in (1, 2, 4)]
-    for block, rate in [*zip(net.layer3, rates), *zip(net.layer4.children(), grid)]:
-        for conv in (m for m in block.modules() if isinstance(m, nn.Conv2d)):
-            conv.stride = (1, 1)
-            if conv.kernel_size == (3, 3):
-                conv.dilation = conv.padding = (rate, rate)
-    return net
-
-
-# 4 ---------- quantitative hardness
-# Sections 4 to 7, the method, need torch alone: copy what you want.
-
-def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
-    """Hardness gamma of each image: how little student and teacher agree, and how unsure they are.
-
-    Section "Quantitative hardness analysis": class-weighted symmetric IoU. p^s, p^t: softmax.
-
-        rho(p)      = share of pixels whose highest probability is >= tau
-        IoU_k       = IoU of class k between argmax p^s and argmax p^t; 0 where neither predicts k
-        wIoU(q | r) = sum_k w_k IoU_k, w_k = share of class k in argmax r, renormalised without
-                      `background`
-        gamma       = 1 - 1/2 [ rho(p^s) wIoU(p^t | p^s) + rho(p^t) wIoU(p^s | p^t) ]
-
-    Both logits: float [B, C, H, W], in eval mode and without gradient; tau in [0, 1]; background:
-    a class or None; valid: bool [B, H, W], False for padding: shares are of the valid pixels.
-    -> float32 [B] in [0, 1], 1 = hardest. While the teacher is the student, it is 1 - rho; but
-    where background alone is predicted, it is 1.
-    """
-    B, C, H, W = student_logits.shape
-    if valid is None:
-        valid = torch.ones(B, H, W, dtype=torch.bool, device=student_logits.device)
-
-    def rho_and_label(logits):  # -> rho [B], argmax [B, H, W]
-        top, label = logits.float().max(1)
-        confidence = (top - logits.float().logsumexp(1)).exp()
-        rho = ((confidence >= tau) & valid).sum((1, 2)) / valid.sum((1, 2)).clamp(min=1)
-        return rho, label
-
-    rho_s, label_s = rho_and_label(student_logits)
-    rho_t, label_t = rho_and_label(teacher_logits)
-    # Count the pixels of each [image, teacher's class, student's class]: one histogram for all.
-    i = torch.arange(B, device=valid.device).view(B, 1, 1)
-    cell = ((i * C + label_t) * C + label_s).flatten()
-    count = torch.zeros(B * C * C, dtype=torch.int64, device=valid.device)
-    count = count.scatter_add_(0, cell, valid.flatten().long()).view(B, C, C)
-    n_t, n_s, both = count.sum(2), count.sum(1), count.diagonal(dim1=1, dim2=2)  # [B, C] each
-    iou = both / (n_t + n_s - both).clamp(min=1)
-    if background is not None:
-        n_t[:, background] = n_s[:, background] = 0
-
-    def weighted_iou(n):  # n [B, C]: r's pixels; n_s for wIoU(p^t | p^s)
-        return (n * iou).sum(1) / n.sum(1).clamp(min=1)
-
-    return 1 - (rho_s * weighted_iou(n_s) + rho_t * weighted_iou(n_t)) / 2
-
-
-# 5 ---------- model-adaptive augmentation
-
 def adapt_intensity(weak, strong, gamma):
-    """The intensity view, (1 - gamma) strong + gamma weak: a hard image is distorted little.
+    """The intensity view, (1 - gamma) A_s(u) + gamma u: hard images are augmented less.
 
-    Section "Model-adaptive augmentations". weak, strong, result: float [B, 3, H, W];
-    gamma: [B] in [0, 1].
+    Paper, "Model-adaptive augmentations"; u: a weakly augmented image. weak, strong, result: float
+    [B, 3, H, W]; gamma: [B] in [0, 1].
     """
     return torch.lerp(strong, weak, gamma.to(weak.dtype).view(-1, 1, 1, 1))
 
@@ -471,680 +292,901 @@ def adapt_intensity(weak, strong, gamma):
 def pair_hard_easy(gamma):
     """Partner of each image in CutMix: the k-th hardest gets the k-th easiest, and the reverse.
 
-    Section "Model-adaptive augmentations". gamma: [B] -> int64 [B]; in an odd batch the middle
-    one's is itself. Equal gammas keep the batch's order.
+    Paper, "Model-adaptive augmentations". gamma: [B] -> int64 [B]. In an odd batch the middle
+    image is its own partner; equal gammas keep the order of the batch.
     """
-    order = gamma.argsort(stable=True)  # easy to hard
-    partner = torch.empty_like(order)
-    partner[order] = order.flip(0)
+    easy_to_hard = gamma.argsort(stable=True)
+    partner = torch.empty_like(easy_to_hard)
+    partner[easy_to_hard] = easy_to_hard.flip(0)
     return partner
 
 
 def cutmix_boxes(batch, height, width, generator):
     """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner is pasted.
 
-    All are v height x v width, rounded down to even, v ~ U(0.1, 0.9). Each has a centre of its own
-    in [height/16, height) x [width/16, width), and is clipped at the border.
+    All are v height x v width, rounded down to even, with one v ~ U(0.1, 0.9). Each has a center of
+    its own in [height/16, height) x [width/16, width), as in the authors' code, and is clipped at
+    the border. generator: a torch.Generator on the CPU.
     """
     v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
 
     def span(side):  # bool [batch, side], along one axis
-        centre = torch.randint(side // 16, side, (batch, 1), generator=generator)
-        reach, at = int(v * side) // 2, torch.arange(side)
-        return (at >= centre - reach) & (at < centre + reach)
+        center = torch.randint(side // 16, side, (batch, 1), generator=generator)
+        return (torch.arange(side) + 0.5 - center).abs() < int(v * side) // 2
 
     return span(height).unsqueeze(2) & span(width).unsqueeze(1)
 
 
-# 6 ---------- losses
+def draw_cutmix(gamma, height, width, generator, adaptive=True):
+    """Decide on CutMix for a batch, with probability mean(1 - gamma): the easier, the likelier.
+
+    Paper, "Model-adaptive augmentations". gamma: [B]. -> partners int64 [B] and boxes bool
+    [B, height, width]; or None, None. If not adaptive: probability 1/2, as in the authors' code,
+    and random partners.
+    """
+    device = gamma.device
+    gamma = gamma.cpu()  # here the CPU waits for the GPU, once a micro-batch
+    probability = (1 - gamma).mean() if adaptive else 0.5
+    if torch.rand((), generator=generator) >= probability:
+        return None, None
+    if adaptive:
+        partner = pair_hard_easy(gamma)
+    else:
+        partner = torch.randperm(len(gamma), generator=generator)
+    box = cutmix_boxes(len(gamma), height, width, generator)
+    return partner.to(device, non_blocking=True), box.to(device, non_blocking=True)
+
+
+# 4 ---------- losses
 
 def supervised_loss(logits, target):
-    """L_x: mean cross entropy over the labeled pixels, 0 where there is none.
+    """L_x: mean cross entropy over the labeled pixels, 0 where there are none.
 
-    logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1, or 255: ignored. -> scalar
+    logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1, or 255. -> scalar
     """
-    loss = torch.nn.functional.cross_entropy(
-        logits.float(), target, ignore_index=255, reduction="sum")
+    loss = F.cross_entropy(logits.float(), target, ignore_index=255, reduction="sum")
     return loss / (target != 255).sum().clamp(min=1)
 
 
-def ohem_cross_entropy(logits, target, threshold, min_kept, ignore=255):
+def ohem_cross_entropy(logits, target, threshold, min_kept):
     """L_x of Cityscapes: cross entropy of hard pixels alone (OHEM, Shrivastava et al., CVPR 2016).
 
     Hard: the true class has probability <= threshold; if they are fewer than min_kept, the min_kept
     least probable pixels, and any as probable as the last of them.
-    logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1 or `ignore`. -> scalar, 0 if empty
+    logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1, or 255. -> scalar, 0 if empty
     """
-    loss = torch.nn.functional.cross_entropy(
-        logits.float(), target, ignore_index=ignore, reduction="none")
-    probability = torch.exp(-loss.detach()).masked_fill(target == ignore, 2.0)
+    loss = F.cross_entropy(logits.float(), target, ignore_index=255, reduction="none")
+    probability = torch.exp(-loss.detach()).masked_fill(target == 255, 2.0)
     if min_kept > 0:
-        least = probability.flatten().kthvalue(min(min_kept, probability.numel())).values
-        threshold = least.clamp(min=threshold)
-    hard = (probability <= threshold) & (target != ignore)
+        min_kept = min(min_kept, probability.numel())
+        threshold = probability.flatten().kthvalue(min_kept).values.clamp(min=threshold)
+    hard = (probability <= threshold) & (target != 255)
     return (loss * hard).sum() / hard.sum().clamp(min=1)
 
 
 def consistency_loss(logits, pseudo_label, confidence, tau, gamma=None, valid=None):
-    """L_u of one view: cross entropy against the teacher where it is sure; hard images count less.
+    """L_u of one view: cross entropy with confident pseudo-labels, where hard images count less.
 
         L_i = mean over all H W pixels of [confidence >= tau] CE(logits, pseudo_label)
         L_u = mean over i of (1 - gamma_i) L_i
 
-    logits: float [B, C, H, W], the student's; pseudo_label: int64 [B, H, W], 255 is ignored, and
-    confidence: float [B, H, W], the teacher's; gamma: [B], in CutMix of the image pasted into, or
-    None: 0; valid: bool [B, H, W], False for padding, which adds nothing though the mean divides by
-    H W, or None. -> scalar. Section "Model-adaptive supervision".
+    Paper, "Model-adaptive supervision". logits: float [B, C, H, W], the student's; pseudo_label:
+    int64 [B, H, W], 255 is ignored, and confidence: float [B, H, W], both the teacher's; gamma:
+    [B] in [0, 1], for a CutMix view that of the image outside the box, or None: no weighting;
+    valid: bool [B, H, W] or None, False for padding, whose loss is 0 but which counts in H W.
+    -> scalar
     """
-    loss = torch.nn.functional.cross_entropy(
-        logits.float(), pseudo_label, ignore_index=255, reduction="none")
-    sure = confidence >= tau if valid is None else (confidence >= tau) & valid
-    per_image = torch.where(sure, loss, 0).mean((1, 2))  # L_i
-    return per_image.mean() if gamma is None else ((1 - gamma) * per_image).mean()
+    loss = F.cross_entropy(logits.float(), pseudo_label, ignore_index=255, reduction="none")
+    used = confidence >= tau
+    if valid is not None:
+        used = used & valid
+    per_image = torch.where(used, loss, 0).mean((1, 2))  # L_i
+    if gamma is not None:
+        per_image = (1 - gamma) * per_image
+    return per_image.mean()
 
 
-# 7 ---------- mean teacher
+# 5 ---------- mean teacher
 
 @torch.no_grad()
 def update_teacher(teacher, student, step, decay):
     """theta_t <- alpha theta_t + (1 - alpha) theta_s, alpha = min(1 - 1/(step + 1), decay).
 
     Parameters and BatchNorm's running statistics alike, in place; integer buffers are copied.
-    step: optimizer steps since the warm-up's end, but 0 till the first epoch with unlabeled images
-    is over: alpha is then 0, the teacher the student, as released.
+    step: 0 up to the end of the first epoch with unlabeled images, so that the teacher is the
+    student, as in the authors' code; then the optimizer steps since the warm-up.
     """
-    alpha = min(1 - 1 / (step + 1), decay)
-    pairs = list(zip(teacher.state_dict().values(), student.state_dict().values(), strict=True))
-    floats = [pair for pair in pairs if pair[0].is_floating_point()]
-    torch._foreach_lerp_([t for t, _ in floats], [s for _, s in floats], 1 - alpha)
-    for t, s in pairs:
-        if not t.is_floating_point():
+    of_teacher, of_student = [], []
+    for t, s in zip(teacher.state_dict().values(), student.state_dict().values()):
+        if t.is_floating_point():
+            of_teacher.append(t)
+            of_student.append(s)
+        else:
             t.copy_(s)
+    alpha = min(1 - 1 / (step + 1), decay)
+    get_ema_multi_avg_fn(alpha)(of_teacher, of_student, step)
 
 
-# 8 ---------- one training step
+# 6 ---------- one training step
 
-Learner = namedtuple("Learner", "student parallel teacher optimizer schedule")
-MEASURED = ("loss_x", "loss_u", "hardness", "confident", "cutmix")
+METRICS = ("loss_x", "loss_u", "hardness", "confident", "cutmix")
 
 
-def train_step(learner, batch, step, teacher_step, s, device):
-    """One step: the gradient of the shares' mean loss, the student's update, the teacher's.
+def micro_batch_loss(student, teacher, batch, generator, cfg):
+    """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one micro-batch.
 
-    A share is what goes through the networks at once: a step's batch is cut into processes x
-    --accumulate of them. Images are paired, and CutMix is decided on, within a share.
-    Returns this process's MEASURED [accumulate, 5]; gamma; whether its first share has CutMix.
+        hardness_and_pseudo_labels -> views -> this loss -> student's step -> update_teacher
+
+    The last two are in train. batch: of labeled images image uint8 [B, 3, H, W] and label uint8
+    [B, H, W]; of as many unlabeled ones, if any, weak and strong uint8 [B, 3, H, W], valid bool
+    [B, H, W] and index [B]. generator: for CutMix, on the CPU. Returns the loss; METRICS, float
+    [5], NaN where there is nothing to measure; what the student saw of unlabeled images, or None.
     """
-    results = []
-    for k in range(s.accumulate):
-        images = {name: x.chunk(s.accumulate)[k].to(device, non_blocking=x.is_pinned())
-                  for name, x in batch.items()}
-        apart = WORLD > 1 and k + 1 < s.accumulate  # gradients are averaged with the last share
-        with learner.parallel.no_sync() if apart else nullcontext():
-            loss, *result = share_loss(learner, images, step, RANK * s.accumulate + k, s)
-            (loss / s.accumulate).backward()
-        results.append(result)
-    learner.optimizer.step()
-    learner.optimizer.zero_grad()
-    learner.schedule.step()
-    if WORLD > 1 and device.type != "cuda":  # else by SyncBatchNorm
-        for statistic in (b for b in learner.student.buffers() if b.is_floating_point()):
-            dist.all_reduce(statistic)
-            statistic /= WORLD
-    update_teacher(learner.teacher, learner.student, teacher_step, s.ema_decay)
-    measured, gammas, mixed = zip(*results)
-    return torch.stack(measured), torch.cat(gammas), mixed[0]
+    label = batch["label"].long()
+    views = {"labeled": normalize(batch["image"])}
+    if "weak" in batch:
+        weak = normalize(batch["weak"])  # u [B, 3, H, W]
+        strong = normalize(batch["strong"])  # A_s(u)
+        valid = batch["valid"]
+        gamma, pseudo_label, confidence = hardness_and_pseudo_labels(
+            student, teacher, weak, valid, cfg)
+
+        # No loss uses the student's output for u: it lets BatchNorm's running statistics include
+        # clean images, such as hardness and evaluation use.
+        views["weak"] = weak
+        if "intensity" in cfg.adapt:
+            views["intensity"] = adapt_intensity(weak, strong, gamma)
+        else:
+            views["intensity"] = strong
+        partner, box = draw_cutmix(gamma, *weak.shape[2:], generator, "cutmix" in cfg.adapt)
+        if box is not None:
+            views["cutmix"] = torch.where(box.unsqueeze(1), weak[partner], weak)
+
+    with autocast(label.device):
+        output = student(torch.cat(list(views.values())))  # the only pass with gradient
+    logits, aux_logits = output if cfg.aux_weight else (output, None)
+    logits = dict(zip(views, logits.chunk(len(views))))
+
+    loss_x = labeled_loss(logits["labeled"], label, cfg)
+    if cfg.aux_weight:
+        loss_x = loss_x + cfg.aux_weight * labeled_loss(aux_logits[:len(label)], label, cfg)
+    if "weak" not in batch:  # the warm-up, or a supervised run
+        return loss_x, F.pad(loss_x.detach().view(1), (0, 4), value=math.nan), None
+
+    loss_gamma = gamma if "loss" in cfg.adapt else None
+    loss_u = consistency_loss(
+        logits["intensity"], pseudo_label, confidence, cfg.tau, loss_gamma, valid)
+    if "cutmix" in views:  # pseudo-labels are pasted as images are
+        mixed_label, mixed_confidence, mixed_valid = (
+            torch.where(box, x[partner], x) for x in (pseudo_label, confidence, valid))
+        loss_cutmix = consistency_loss(
+            logits["cutmix"], mixed_label, mixed_confidence, cfg.tau, loss_gamma, mixed_valid)
+        loss_u = (loss_u + loss_cutmix) / 2
+
+    confident = ((confidence >= cfg.tau) & valid).sum() / valid.sum()
+    cutmix = torch.full_like(confident, "cutmix" in views)
+    metrics = torch.stack([loss_x, loss_u, gamma.mean(), confident, cutmix]).detach()
+    seen = views | {"box": box, "gamma": gamma, "valid": valid, "pseudo_label": pseudo_label,
+                    "confidence": confidence}
+    return loss_x + cfg.lambda_u * loss_u, metrics, seen
 
 
-def share_loss(learner, images, step, share, s):
-    """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one share.
+def hardness_and_pseudo_labels(student, teacher, weak, valid, cfg):
+    """What both networks predict on the weak images, float [B, 3, H, W]; valid: bool [B, H, W].
 
-    images: of training_batch; in the warm-up and a supervised run without unlabeled ones.
-    L_u: the intensity view's, or both views' mean where there is a CutMix view.
-    Returns the loss, MEASURED [5], gamma [B], whether there is a CutMix view.
+    -> gamma [B], pseudo-labels int64 [B, H, W], their confidence [B, H, W]. Both networks are in
+    eval mode meanwhile, and the student is in training mode afterwards.
     """
-    student, teacher, label = learner.student, learner.teacher, images["label"].long()
-    gamma, zero, mixed = label.new_zeros(0).float(), label.new_zeros(()).float(), None
-    views, confident, loss_u = [normalize(images["image"])], zero, zero
-    if "weak" in images:
-        weak, strong = normalize(images["weak"]), normalize(images["strong"])
-        valid = images["valid"]
-        # Both networks look at the weak image u: disagreement and doubt make it hard.
-        student.eval()
-        with torch.no_grad(), autocast(weak.device):
-            logits_s, logits_t = student(weak), teacher(weak)  # [B, C, H, W]
-        student.train()
-        gamma = hardness(logits_s, logits_t, s.tau, s.background, valid)  # [B]
-        confidence, pseudo_label = logits_t.float().softmax(1).max(1)  # [B, H, W]
-        confident = ((confidence >= s.tau) & valid).sum() / valid.sum().clamp(min=1)
-        del logits_s, logits_t
-        intensity, mixed, partner, box = adapted_views(weak, strong, gamma, step, share, s)
-        # No loss looks at u's output: it is there for BatchNorm's running statistics, to fit the
-        # clean images that hardness and evaluation see.
-        views += [weak, intensity] if mixed is None else [weak, intensity, mixed]
-
-    with autocast(label.device):  # one forward with gradient
-        output = learner.parallel(torch.cat(views))
-    logits, auxiliary = output if s.aux_weight else (output, None)
-    x, *u = logits.split([len(view) for view in views])  # u: weak, intensity, CutMix
-
-    loss_x = labeled_loss(x, label, s)
-    if s.aux_weight:
-        loss_x = loss_x + s.aux_weight * labeled_loss(auxiliary[:len(label)], label, s)
-    if "weak" in images:
-        gamma_u = gamma if "loss" in s.adapt else None
-        loss_u = consistency_loss(u[1], pseudo_label, confidence, s.tau, gamma_u, valid)
-    if mixed is not None:  # labels are pasted as images are
-        label_m, confidence_m, valid_m = (
-            torch.where(box, y[partner], y) for y in (pseudo_label, confidence, valid))
-        loss_m = consistency_loss(u[2], label_m, confidence_m, s.tau, gamma_u, valid_m)
-        loss_u = (loss_u + loss_m) / 2
-
-    values = loss_x, loss_u, gamma.mean().nan_to_num(), confident, zero + (mixed is not None)
-    return loss_x + s.lambda_u * loss_u, torch.stack(values).detach(), gamma, mixed is not None
+    student.eval()
+    with torch.no_grad(), autocast(weak.device):
+        student_logits = student(weak)  # [B, C, H, W]
+        teacher_logits = teacher(weak)
+    student.train()
+    gamma = hardness(student_logits, teacher_logits, cfg.tau, cfg.background, valid)
+    confidence, pseudo_label = teacher_logits.float().softmax(1).max(1)
+    return gamma, pseudo_label, confidence
 
 
-def adapted_views(weak, strong, gamma, step, share, s):
-    """Section 5 put together: two views of the weak images, float [B, 3, H, W].
-
-    CutMix mixes weak images, with probability mean(1 - gamma). What s.adapt leaves out does not
-    follow gamma: CutMix then has probability 1/2, as released, and random partners.
-    Returns the intensity view; the CutMix view, or None; partners [B]; boxes bool [B, H, W].
-    """
-    intensity = adapt_intensity(weak, strong, gamma) if "intensity" in s.adapt else strong
-    seed = int(np.random.default_rng((s.seed, step, share)).integers(2**63))
-    generator = torch.Generator().manual_seed(seed)
-    gamma = gamma.cpu()  # the host waits
-    chance = (1 - gamma).mean() if "cutmix" in s.adapt else 0.5
-    if torch.rand((), generator=generator) >= chance:
-        return intensity, None, None, None
-    partner = pair_hard_easy(gamma)
-    if "cutmix" not in s.adapt:
-        partner = torch.randperm(len(gamma), generator=generator)
-    box = cutmix_boxes(len(gamma), *weak.shape[2:], generator)
-    partner, box = (x.to(weak.device) for x in (partner, box))
-    return intensity, torch.where(box.unsqueeze(1), weak[partner], weak), partner, box
-
-
-def labeled_loss(logits, label, s):
-    """L_x of one output; OHEM keeps at least 50 000 pixels for each image."""
-    if s.ohem:
+def labeled_loss(logits, label, cfg):
+    """L_x of one output; OHEM (Cityscapes) keeps at least 50 000 pixels times the images."""
+    if cfg.ohem:
         return ohem_cross_entropy(logits, label, 0.7, min_kept=50_000 * len(logits))
     return supervised_loss(logits, label)
 
 
 def autocast(device):
     """Mixed precision in bfloat16, on the GPUs that have it."""
-    on = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.autocast(device.type, torch.bfloat16, enabled=on)
+    enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.autocast(device.type, torch.bfloat16, enabled)
+
+
+def normalize(images):
+    """uint8 [B, 3, H, W] -> float32 with ImageNet's mean and deviation, in channels-last.
+
+    By scalars: a tensor of means would have to be copied to the GPU, and the CPU to wait.
+    """
+    channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]
+    return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
+
+
+# 7 ---------- model
+
+class DeepLabV3Plus(nn.Module):
+    """DeepLabV3+ (Chen et al., ECCV 2018): float [B, 3, H, W] -> logits [B, num_classes, H, W].
+
+    backbone: resnet18 to 101, or resnet8: one block a stage, no layer4; weights: "imagenet" or
+    None; output_stride: 16 or 8; width: channels of ASPP and decoder; aux: a second head, on
+    layer3, whose logits are a second result in training.
+    """
+
+    def __init__(self, num_classes, backbone="resnet18", weights=None, output_stride=16, width=256,
+                 aux=False):
+        super().__init__()
+        self.backbone = dilated_resnet(backbone, weights, output_stride)
+        expansion = self.backbone.layer1[0].expansion
+        high_channels = (256 if backbone == "resnet8" else 512) * expansion
+        rates = (6, 12, 18) if output_stride == 16 else (12, 24, 36)
+        self.aspp = ASPP(high_channels, rates, width)
+        self.aspp.project = self.aspp.project[:-1]  # no dropout, as in the authors' code
+        self.low_level = Conv2dNormActivation(64 * expansion, 48, 1)
+        self.decoder = nn.Sequential(
+            Conv2dNormActivation(width + 48, width, 3),
+            Conv2dNormActivation(width, width, 3),
+            nn.Conv2d(width, num_classes, 1),
+        )
+        self.aux = None
+        if aux:
+            self.aux = FCNHead(256 * expansion, num_classes)
+            del self.aux[3]  # its dropout
+
+    def forward(self, images):
+        net = self.backbone
+        stem = net.maxpool(net.relu(net.bn1(net.conv1(images))))
+        low = net.layer1(stem)  # [B, 64 * expansion, H/4, W/4]
+        mid = net.layer3(net.layer2(low))
+        high = self.aspp(net.layer4(mid))  # [B, width, H/output_stride, W/output_stride]
+        features = torch.cat([upsample(high, low), self.low_level(low)], 1)
+        logits = upsample(self.decoder(features), images)
+        if self.aux is not None and self.training:
+            return logits, upsample(self.aux(mid), images)
+        return logits
+
+
+def upsample(x, like):
+    """Enlarge x [B, C, h, w] to the height and width of `like`."""
+    return F.interpolate(x, like.shape[-2:], mode="bilinear", align_corners=True)
+
+
+def dilated_resnet(name, weights, output_stride):
+    """torchvision's ResNet, its last strides turned into dilations; layer4 is multi-grid."""
+    if name == "resnet8" and weights != "imagenet":
+        net = ResNet(BasicBlock, [1, 1, 1, 1])
+        net.layer4 = nn.Identity()
+    else:
+        with explain("no", name, "with --weights", weights, "here: put torchvision's file into",
+                     torch.hub.get_dir() + "/checkpoints, or take --weights none"):
+            net = get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
+    del net.avgpool, net.fc
+    if output_stride == 8:
+        dilate(net.layer3, [1] + [2] * 22)  # the first block keeps layer2's dilation
+    dilate(net.layer4, [32 // output_stride * k for k in (1, 2, 4)])
+    return net
+
+
+def dilate(stage, rates):
+    """Replace the stride of a stage of a ResNet by dilation, with one rate for each block."""
+    for block, rate in zip(stage.children(), rates):
+        for module in block.modules():
+            if isinstance(module, nn.Conv2d):
+                module.stride = (1, 1)
+                if module.kernel_size == (3, 3):
+                    module.dilation = module.padding = (rate, rate)
+
+
+# 8 ---------- data
+
+class SegmentationDataset(Dataset):
+    """Images and masks in PASCAL VOC's layout. An item is a dict, by the kind of the dataset:
+
+    "whole"      image uint8 [3, H, W], label uint8 [H, W]: as stored, for evaluation
+    "labeled"    the same, weakly augmented and padded to [crop, crop]
+    "unlabeled"  weak and strong like image; valid bool [crop, crop], False for padding; index
+
+    A mask's stored values, not the colors of its palette, are classes, or 255. Every draw follows
+    from (seed, epoch, kind, position in the epoch), whichever process loads the image. cfg has
+    root, num_classes, seed, base_size and crop, as in Settings.
+    """
+
+    KINDS = ("whole", "labeled", "unlabeled")
+
+    def __init__(self, ids, kind, cfg):
+        folder = Path(cfg.root, "JPEGImages")
+        found = find_images(folder)
+        for id in ids:
+            check(id in found, "no image", folder / id, "for an id in the lists: add it")
+        self.ids = ids
+        self.images = [found[id] for id in ids]
+        self.kind = kind
+        self.cfg = cfg
+        self.order = range(len(ids))
+
+    def set_epoch(self, epoch, length):
+        """Draw an epoch: all images in random order, then again, until there are `length`."""
+        self.seed = (self.cfg.seed, epoch, self.KINDS.index(self.kind))
+        rng = np.random.default_rng(self.seed)
+        passes = length // len(self.ids) + 1
+        self.order = np.concatenate([rng.permutation(len(self.ids)) for _ in range(passes)])
+
+    def __len__(self):
+        return len(self.order)
+
+    def __getitem__(self, position):
+        cfg = self.cfg
+        index = self.order[position]
+        image = read_image(self.images[index])
+        mask = Image.new("L", image.size)  # of an unlabeled image: to tell padding apart
+        if self.kind != "unlabeled":
+            path = Path(cfg.root, "SegmentationClass", f"{self.ids[index]}.png")
+            mask = read_mask(path, cfg.num_classes)
+            check(mask.size == image.size, path, "is not of the size of", self.images[index],
+                  ": replace one, or take both off the lists")
+        if self.kind == "whole":
+            return {"image": TF.pil_to_tensor(image), "label": TF.pil_to_tensor(mask)[0]}
+
+        rng = np.random.default_rng((*self.seed, position))
+        weak, mask = weak_augment(image, mask, cfg.crop, cfg.base_size, rng)
+        label = pad(mask, cfg.crop, 255)[0]
+        if self.kind == "labeled":
+            return {"image": pad(weak, cfg.crop), "label": label}
+        strong = strong_augment(weak, rng)
+        return {"weak": pad(weak, cfg.crop), "strong": pad(strong, cfg.crop),
+                "valid": label != 255, "index": index}
+
+
+def find_images(folder):
+    """{id: path} of the images in a folder and the folders in it; links are followed."""
+    found = {}
+    for name in sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)):
+        id, ending = os.path.splitext(name.replace(os.sep, "/"))
+        if ending.lower() in Image.registered_extensions():
+            check(id not in found, "two images of one name in", folder, ": remove one of", id)
+            found[id] = Path(folder, name)
+    return found
+
+
+def open_image(path):
+    """The image in a file as a PIL image, its EXIF orientation applied."""
+    with explain("cannot read", path, ": replace it, or leave it out"):
+        return ImageOps.exif_transpose(Image.open(path))
+
+
+def read_image(path):
+    """The image in a file as a PIL image in RGB."""
+    image = open_image(path)
+    check(image.mode[0] not in "IF", path, "has mode", image.mode, ": save it with 8 bits a band")
+    return image.convert("RGB")
+
+
+def read_mask(path, num_classes):
+    """The mask in a file as a PIL image of bytes: the stored values, which are classes or 255."""
+    mask = open_image(path)
+    labels = np.array(mask)
+    check(labels.ndim == 2, path, "has several bands, not one: see data/prepare.py own")
+    wrong = labels[~np.isin(labels, [*range(num_classes), 255])]
+    check(not wrong.size, path, "has", *wrong[:1], "in", wrong.size, "pixels: with --num-classes",
+          num_classes, "that is no class; see data/prepare.py own")
+    check(num_classes > 2 or mask.mode != "L" or np.unique(labels).tolist() != [0, 255],
+          path, "has 0 and 255 alone, and 255 is ignored: see data/prepare.py own")
+    return Image.fromarray(labels.astype(np.uint8))
+
+
+def pad(image, side, fill=(124, 116, 104)):
+    """A PIL image as uint8 [bands, side, side], padded at the right and the bottom; by MEAN."""
+    border = (0, 0, side - image.width, side - image.height)
+    return TF.pil_to_tensor(ImageOps.expand(image, border, fill))
+
+
+BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
+
+
+def read_ids(path):
+    """The ids in a list, one on each line. A path names its id: "JPEGImages/x.jpg y.png" is x."""
+    with explain("no list", path, "in UTF-8: see --root, --labeled and data/prepare.py"):
+        content = Path(path).read_bytes()
+        text = content.decode("utf-16" if content[:2] in BYTE_ORDER_MARKS else "utf-8-sig")
+    around_id = r"^[./]*(JPEGImages/)?|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
+    ids = [re.sub(around_id, "", line.strip(), flags=re.I) for line in text.splitlines()]
+    check(any(ids), "the list", path, "is empty: write an id on each line")
+    return list(dict.fromkeys(filter(None, ids)))
+
+
+def load_datasets(cfg):
+    """The labeled, the unlabeled and the validation images; and where the labeled ones are from."""
+    check(cfg.labeled, "--labeled is missing: a number of images, or a file with their ids")
+    lists = Path(cfg.root, "ImageSets", "Segmentation")
+    val = read_ids(lists / "val.txt")
+    pool = read_ids(lists / "train.txt")
+    published = Path(cfg.root, "splits", cfg.labeled)
+    source = "listed"
+    if published.is_dir():
+        labeled = read_ids(published / "labeled.txt")
+        pool = read_ids(published / "unlabeled.txt")
+    elif re.fullmatch(r"-?\d+", cfg.labeled):
+        masks = Path(cfg.root, "SegmentationClass")
+        masked = [id for id in pool if Path(masks, f"{id}.png").is_file()]
+        number = int(cfg.labeled)
+        check(0 < number <= len(masked), "--labeled", number, "is not from 1 to", len(masked),
+              ": so many ids of train.txt have a mask,", masks / f"{pool[0]}.png")
+        rng = np.random.default_rng(cfg.seed)
+        labeled = rng.permutation(masked)[:number].tolist()
+        source = "drawn with the seed"
+    else:
+        labeled = read_ids(cfg.labeled)
+    unlabeled = sorted({*pool} - {*labeled})
+    both = {*val} & {*labeled, *unlabeled}
+    check(not both, "both in val.txt and to train with, take off one list:", *sorted(both)[:3])
+    return (
+        SegmentationDataset(labeled, "labeled", cfg),
+        SegmentationDataset(unlabeled, "unlabeled", cfg),
+        SegmentationDataset(val, "whole", cfg),
+        source,
+    )
+
+
+def make_loader(dataset, epoch, steps, batch):
+    """A DataLoader of this process's micro-batches in `steps` steps of `batch` images."""
+    cfg = dataset.cfg
+    dataset.set_epoch(epoch, steps * batch)
+    positions = torch.arange(steps * batch).view(steps, WORLD_SIZE, cfg.accumulate, -1)
+    return DataLoader(dataset, batch_sampler=positions[:, RANK].flatten(0, 1).tolist(),
+                      num_workers=cfg.workers, pin_memory=torch.cuda.is_initialized())
 
 
 # 9 ---------- evaluation
 
 def confusion_matrix(prediction, target, num_classes):
-    """int64 [C, C]: the pixels of each true class (row) predicted as each (column). Both maps:
-    integer tensors of one shape, 0..C-1; target 255 is left out."""
-    counted = (target != IGNORE).flatten()
-    cell = target.long().flatten() * num_classes + prediction.long().flatten()
-    count = torch.zeros(num_classes**2, dtype=torch.int64, device=target.device)
-    count.scatter_add_(0, torch.where(counted, cell, 0), counted.long())
-    return count.view(num_classes, num_classes)
+    """int64 [C, C]: the pixels of each true class (row) predicted as each class (column).
+
+    Both maps: integer tensors of one shape, 0..C-1; where target is 255 is left out.
+    """
+    counted = target != 255
+    cell = target[counted].long() * num_classes + prediction[counted]
+    return cell.bincount(minlength=num_classes**2).view(num_classes, num_classes)
 
 
 def iou_per_class(confusion):
     """float64 [C] on the CPU: intersection over union, NaN for a class in neither map."""
     confusion = confusion.cpu().double()
-    hit = confusion.diagonal()
-    return hit / (confusion.sum(0) + confusion.sum(1) - hit)  # 0 / 0 is NaN
+    intersection = confusion.diagonal()
+    return intersection / (confusion.sum(0) + confusion.sum(1) - intersection)
 
 
 @torch.no_grad()
 def predict(model, image):
-    """Probabilities float [1, C, H, W] of one picture, uint8 [1, 3, H, W]; `model` as of load.
+    """Probabilities float [1, C, H, W] of an image, uint8 [1, 3, H, W]; `model` as load gives it.
 
-    Shrunk to base_size if larger, it goes through whole; with `sliding` by windows of crop x crop,
-    each 2/3 of one from the one before, the last flush with the border, averaged where they meet.
+    Shrunk to base_size if larger, it goes through the network whole; with `sliding` by windows of
+    crop x crop, each 2/3 of a window after the one before, the last flush with the border.
     """
-    s, image = model.settings, normalize(image.to(next(model.parameters()).device))
-    full = image.shape[2:]
-    shrink = min(s.base_size / max(full), 1) if s.base_size else 1
-    height, width = (math.ceil(side * shrink) for side in full)
-    image = resize(image, [height, width])
-    size = s.crop if s.sliding else max(height, width)
-    total, count = image.new_zeros(1, s.num_classes, height, width), image.new_zeros(height, width)
+    cfg = model.settings
+    image = normalize(image.to(next(model.parameters()).device))
+    full_size = list(image.shape[2:])
+    shrink = min(1, (cfg.base_size or math.inf) / max(full_size))
+    image = TF.resize(image, [math.ceil(side * shrink) for side in full_size])
+    height, width = image.shape[2:]
+    size = cfg.crop if cfg.sliding else max(height, width, 2)
 
-    def starts(side):
-        last, stride = max(side - size, 0), max(size * 2 // 3, 1)
-        return [min(at, last) for at in range(0, last + stride, stride)]
+    def windows(side):  # along one axis
+        last = max(side - size, 0)
+        return [slice(start, start + size) for start in (*range(0, last, size * 2 // 3), last)]
 
-    for y in starts(height):
-        for x in starts(width):
-            window = (..., slice(y, y + size), slice(x, x + size))
-            total[window] += model(image[window]).softmax(1)
-            count[window] += 1
-    return resize(total / count, full)
+    total = image.new_zeros(1, cfg.num_classes, height, width)
+    count = image.new_zeros(height, width)
+    for rows in windows(height):
+        for columns in windows(width):
+            total[..., rows, columns] += model(image[..., rows, columns]).softmax(1)
+            count[rows, columns] += 1
+    return TF.resize(total / count, full_size)
 
 
 @torch.no_grad()
-def evaluate(model, samples, device):
-    """Confusion matrix [C, C] of `samples`, each by one process."""
-    classes, mine = model.settings.num_classes, samples[RANK::WORLD]
-    confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)
-    read = partial(read_sample, num_classes=classes)
-    for image, mask in DataLoader(mine, None, collate_fn=read, num_workers=model.settings.workers):
-        prediction = predict(model, pil_to_tensor(image)[None]).argmax(1)
-        confusion += confusion_matrix(prediction, pil_to_tensor(mask).to(device), classes)
-    if WORLD > 1:
+def evaluate(model, dataset):
+    """IoU of each class in percent, float64 [C], over `dataset` of kind "whole".
+
+    Each process takes its part of the images, and all get the result.
+    """
+    cfg = model.settings
+    device = next(model.parameters()).device
+    part = range(RANK, len(dataset), WORLD_SIZE)
+    confusion = torch.zeros(cfg.num_classes, cfg.num_classes, dtype=torch.int64, device=device)
+    for item in DataLoader(dataset, batch_size=None, sampler=part, num_workers=cfg.workers):
+        prediction = predict(model, item["image"][None])[0].argmax(0)
+        confusion += confusion_matrix(prediction, item["label"].to(device), cfg.num_classes)
+    if WORLD_SIZE > 1:
         dist.all_reduce(confusion)
-    return confusion
+    check(confusion.any(1).sum() > 1, "the validation masks hold fewer than two classes: see",
+          "--num-classes and data/prepare.py own")
+    return 100 * iou_per_class(confusion)
 
 
-# 10 ---------- the run
-
-def set_up_device(s):
-    """The device asked for, or the best there is; joins the processes."""
-    best = "mps" if torch.backends.mps.is_available() and WORLD == 1 else "cpu"
-    name = s.device or ("cuda" if torch.cuda.is_available() else best)
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    with explained(f"no device {name} for {local} process(es)", "try --device cpu"):
-        if name == "cuda":  # each process takes a GPU of its own
-            require(torch.cuda.device_count() >= local, f"{torch.cuda.device_count()} GPUs")
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-        device = torch.device(name)
-        torch.empty(1, device=device).cpu()
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        if WORLD > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    s.workers = min(s.workers, max(cores // local // 2, 1))
-    return device
+def print_scores(iou, cfg):
+    """Print the IoU of each class, and their mean, in percent."""
+    for name, value in zip(cfg.class_names.split(","), iou):
+        if value == 0:
+            name += "  (never found)"
+        print(f"{value:6.2f}  {name}")
+    print(f"{iou.nanmean():6.2f}  mIoU")
 
 
-def build_model(s, weights=None):
-    """The network of `s`, its attribute `settings`."""
-    model = DeepLabV3Plus(
-        s.num_classes, s.backbone, weights, s.output_stride, s.width, s.aux_weight > 0)
-    model.settings = s
-    return model
+# 10 ---------- pictures
 
-
-def build_learner(s, device, steps):
-    """A Learner with a schedule over `steps` steps."""
-    torch.manual_seed(s.seed)  # for the first weights alone
-    student = build_model(s, s.weights).to(device, memory_format=LAYOUT).train()
-    if WORLD > 1 and device.type == "cuda":
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    for m in student.modules():
-        if hasattr(m, "momentum"):  # BatchNorm: K shares move it about as one
-            m.momentum /= s.accumulate
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    parallel = student
-    if WORLD > 1:
-        parallel = nn.parallel.DistributedDataParallel(student)
-        parallel.broadcast_buffers = False
-    head = [p for name, p in student.named_parameters() if not name.startswith("backbone.")]
-    groups = [{"params": student.backbone.parameters()}, {"params": head, "lr": s.lr * s.head_lr}]
-    optimizer = torch.optim.SGD(groups, s.lr, s.momentum, weight_decay=s.weight_decay, foreach=True)
-    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, steps, power=0.9)
-    return Learner(student, parallel, teacher, optimizer, schedule)
+# PASCAL VOC's colors, uint8 [256, 3]: bits 0, 3, 6 of a class are the highest bits of its red,
+# bits 1, 4, 7 of its green, bits 2, 5 of its blue.
+BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+PALETTE = np.hstack([np.packbits(BITS[:, channel::3], axis=1) for channel in range(3)])
 
 
 def save(path, write):
-    """Have write(file) make `path`, whole or not at all."""
-    with explained(f"cannot write {path}", "make room, then --resume; or change --out"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(f"{path}.new", "wb") as file:
-            write(file)
+    """Have write(file) make a file, whole or not at all."""
+    content = io.BytesIO()
+    write(content)
+    with explain("cannot write", path, ": make room, or change --out; --resume goes on with a run"):
+        Path(f"{path}.new").write_bytes(content.getbuffer())
         os.replace(f"{path}.new", path)
 
 
-def class_colours(s):
-    """[(r, g, b), ...]: Okabe's and Ito's first, for the colour-blind."""
-    colours = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
-    wheel = [f"hsl({137 * k % 360}, 60%, {35 + 20 * (k % 3)}%)" for k in range(8, s.num_classes)]
-    return [ImageColor.getrgb(colour) for colour in (colours + wheel)[:s.num_classes]]
+def load_pictures():
+    """The functions of data/pictures.py that draw a run; {} where there is no matplotlib."""
+    try:
+        return runpy.run_path(str(DATA / "pictures.py"))
+    except (ImportError, OSError) as error:
+        print(f"No pictures of the run: they take pip install matplotlib ({error}).")
+        return {}
 
 
-def paint(labels, s):
-    """Labels [H, W], 0..C-1 or 255, stored in a palette picture."""
-    picture = Image.fromarray(labels.byte().cpu().numpy())
-    colours = class_colours(s) + [(255, 255, 255)] * (256 - s.num_classes)
-    picture.putpalette(np.array(colours, np.uint8).tobytes())
-    return picture
+# 11 ---------- the run
+
+NOT_FINITE = "the loss or the weights are not finite: lower --lr, and change --out"
+COLUMNS = ("epoch", "steps", "lr", *METRICS, "miou", "seconds")
+# What may differ when a run is resumed, if a step has as many micro-batches as before
+MAY_CHANGE = {"device", "workers", "root", "out", "eval_every", "class_names", "accumulate"}
 
 
-def save_sheet(path, titles, rows, s):
-    """Write a page of `rows`, (caption, pictures), with a legend."""
-    font, below, names = ImageFont.load_default(13), 24 + 224 * len(rows), s.class_names.split(",")
-    page = Image.new("RGB", (820, below + 22 * (1 + len(names) // 7)), "white")
-    draw = ImageDraw.Draw(page)
-    for row, (caption, pictures) in enumerate(rows):
-        draw.text((4, 24 + 224 * row), caption, "black", font)
-        for column, picture in enumerate(pictures):
-            draw.text((4 + 205 * column, 4), titles[column], "black", font)
-            tile = ImageOps.pad(picture.convert("RGB"), (200, 200), Image.BOX, "white")
-            page.paste(tile, (4 + 205 * column, 44 + 224 * row))
-    for i, (name, colour) in enumerate(zip([*names, "ignored"], [*class_colours(s), "white"])):
-        x, y = 4 + i % 7 * 116, below + i // 7 * 22
-        draw.rectangle((x, y, x + 14, y + 14), colour, "black")
-        draw.text((x + 20, y), name, "black", font)
-    save(path, lambda file: page.save(file, "PNG"))
+def set_up_device(cfg):
+    """The device asked for, else a GPU if there is one; joins the processes of torchrun."""
+    check(RANK < WORLD_SIZE, "RANK is set without WORLD_SIZE: unset it, or start with torchrun")
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    with explain("no", name, "for each process: take fewer, or --device cpu"):
+        if name == "cuda":
+            torch.cuda.set_device(LOCAL_RANK)
+        device = torch.empty(1, device=name).device  # with its index
+    if WORLD_SIZE > 1:
+        with explain("the processes do not meet: try torchrun with another --master-port"):
+            dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    return device
 
 
-def draw_samples(model, samples, path):
-    """Write a sheet of up to five of `samples`: what `model` says of them."""
-    rows, s = [], model.settings
-    for sample in samples[::max(len(samples) // 5, 1)][:5]:
-        image, mask = read_sample(sample, s.num_classes)
-        confidence, label = predict(model, pil_to_tensor(image)[None])[0].max(0)
-        maps = [paint(labels, s) for labels in (pil_to_tensor(mask)[0], label)]
-        rows.append((sample.id, (image, *maps, to_pil_image(confidence.cpu()))))
-    save_sheet(path, ("image", "truth", "teacher's prediction", "confidence (white: 1)"), rows, s)
-
-
-@torch.no_grad()
-def draw_unlabeled(model, batch, gamma, step, samples, path):
-    """Write a sheet of the two easiest and two hardest images in the first share of a step: what
-    training saw, what `model` says now."""
-    rows, s = [], model.settings
-    weak, strong, valid, index = (batch[name].chunk(s.accumulate)[0]
-                                  for name in ("weak", "strong", "valid", "index"))
-    logits = model(normalize(weak.to(gamma.device))).cpu()
-    gamma = gamma[:len(weak)].cpu()
-    intensity, mixed, _, box = adapted_views(weak.float(), strong.float(), gamma, step, 0, s)
-    order = gamma.argsort(stable=True).tolist()
-    for i in order[:2] + order[2:][-2:]:
-        corners = masks_to_boxes(box[i:i + 1])
-        cutmix = draw_bounding_boxes(mixed[i].byte(), corners, colors="magenta")
-        confidence, label = logits[i].softmax(0).max(0)
-        pseudo = pil_to_tensor(paint(torch.where(valid[i], label, IGNORE), s).convert("RGB"))
-        pseudo = torch.where(confidence >= s.tau, pseudo, 191 + pseudo // 4)
-        views = map(to_pil_image, (weak[i], intensity[i].byte(), cutmix, pseudo))
-        rows.append((f"hardness {gamma[i]:.2f}: {samples[index[i]].id}", views))
-    titles = ("weak view", "intensity view", "CutMix view", f"pseudo-label (pale: under {s.tau:g})")
-    save_sheet(path, titles, rows, s)
-
-
-def plot(runs, path):
-    """Draw log.csv of the folders `runs`; Figure 3c: the hardness of easy and hard images."""
-    with explained("no curves", "they take pip install matplotlib, and runs after an epoch"):
-        from matplotlib.figure import Figure
-        logs = [np.genfromtxt(f"{run}/log.csv", None, delimiter=",", names=True) for run in runs]
-        tables = [Path(run, "hardness.csv").read_text("utf-8").splitlines() for run in runs]
-    figure = Figure((9, 6.4), layout="constrained")
-    miou, loss, mean, single = figure.subplots(2, 2).flat
-    for run, log, table in zip(runs, logs, tables):
-        for axis, column in ((miou, "miou"), (loss, "loss_x"), (loss, "loss_u"), (mean, "hardness"),
-                             (mean, "confident")):
-            x, y = np.atleast_1d(log["epoch"], log[column])
-            axis.plot(x[y > 0], y[y > 0], ".-", label=f"{Path(run).name} {column}")
-            axis.legend(fontsize=8)
-        courses = defaultdict(list)
-        for row in csv.DictReader(table):
-            courses[row["id"]].append((int(row["epoch"]), float(row["hardness"])))
-        courses = sorted(courses.values(), key=lambda course: np.mean(course, 0)[1])
-        for course in courses[:3] + courses[3:][-3:]:
-            single.plot(*zip(*course))
-    single.set_title("hardness of single images, by epoch")
-    save(path, lambda file: figure.savefig(file, format="png"))
-
-
-TRAINED = ("student", "teacher", "optimizer", "schedule")
-FREE = ("device", "workers", "root", "out", "accumulate")  # on resuming
-COLUMNS = ("epoch", "steps", "lr", *MEASURED, "miou", "seconds")
-
-
-def begin_run(s, device, resume):
-    """A run, new or as last.pt has it: images, Learner, the rest of last.pt ("fixed" is what may
-    not change), steps of an epoch."""
-    shares, out, last = WORLD * s.accumulate, Path(s.out), Path(s.out, "last.pt")
-    require(s.batch % shares == 0 and s.batch >= 2 * shares, f"--batch {s.batch} does not make "
-            f"{shares} shares (processes x --accumulate) of 2 images or more")
-    *images, note = find_data(s)
-    found = [resume and last.exists()]
-    if WORLD > 1:
-        dist.broadcast_object_list(found)
-    require(found[0] or RANK > 0 or not (last.exists() or (out / "log.csv").exists()),
-            f"{out} holds a run: --resume (from last.pt), delete it, or change --out")
-    fixed = {name: value for name, value in vars(s).items() if name not in FREE}
-    ids = [[x.id for x in part] for part in images]
-    fixed |= {"processes x accumulate": shares, "images": ids}
-    run = {"fixed": fixed, "epoch": 0, "best": -1.0, "log.csv": ",".join(COLUMNS) + "\n",
-           "hardness.csv": "epoch,id,hardness\n"}
-    steps = len(images[1]) // s.batch
-    fresh = dataclasses.replace(s, weights="none") if found[0] else s
-    learner = build_learner(fresh, device, s.epochs * steps)
-    if found[0]:
-        saved = load_checkpoint(last)
-        begun = saved.get("fixed", {})
-        changed = [name for name, value in fixed.items() if begun.get(name) != value]
-        require(not changed, f"{out} was begun with other {changed}: keep them, or change --out")
-        run = {name: saved[name] for name in run}
-        for name in TRAINED:
-            getattr(learner, name).load_state_dict(saved[name])
-        if RANK == 0:
-            write_tables(s, run)
-    if RANK == 0:
-        with explained(f"cannot write into {out}", "change --out"):
-            out.mkdir(parents=True, exist_ok=True)
-        labeled, unlabeled, validation = map(len, images)
-        print(f"{labeled} labeled images ({note}), {unlabeled} unlabeled, {validation} validation; "
-              f"epochs {run['epoch'] + 1} to {s.epochs} of {steps} steps, the warm-up's to "
-              f"{s.warmup_epochs}; on {device}, into {out}")
-    return images, learner, run, steps
-
-
-def train(s, device, images, learner, run, steps):
-    """The epochs of a run of begin_run: train, evaluate, draw, save."""
-    (labeled, unlabeled, validation), out, teacher = images, Path(s.out), learner.teacher
-    broken = f"loss or weights not finite: lower --lr, change --out; {out} is as it was"
-    for epoch in range(run["epoch"], s.epochs):
-        begun, miou, measured, example = time.monotonic(), math.nan, [], None
-        gammas = torch.full((len(unlabeled),), -1.0, device=device)  # -1: not seen
-        batches = epoch_batches(labeled, unlabeled, epoch, steps, s)
-        for step, batch in enumerate(batches, epoch * steps):
-            teacher_step = step - s.warmup_epochs * steps if epoch > s.warmup_epochs else 0
-            values, gamma, mixed = train_step(learner, batch, step, teacher_step, s, device)
-            measured.append(values)
-            if "index" in batch:
-                gammas[batch["index"].to(device)] = gamma
-            if mixed:
-                example = batch, gamma, step
-            if RANK == 0 and (step + 1) % 100 == 0:
-                require(values.isfinite().all(), broken)
-                print(f"step {step + 1}/{s.epochs * steps}  loss_x {values[-1, 0]:.3f}", flush=True)
-
-        means, gammas = torch.cat(measured).cpu().double().mean(0) / WORLD, gammas.cpu()
-        if WORLD > 1:
-            dist.all_reduce(means)
-            dist.all_reduce(gammas, dist.ReduceOp.MAX)
-        if (epoch + 1) % s.eval_every == 0 or epoch + 1 == s.epochs:
-            miou = 100 * iou_per_class(evaluate(teacher, validation, device)).nanmean().item()
-        if RANK > 0:
-            continue
-        values = means, *learner.student.state_dict().values()
-        require(all(value.isfinite().all() for value in values), broken)
-        if miou == miou:  # evaluated
-            draw_samples(teacher, validation, out / "samples.png")
-            if example:
-                draw_unlabeled(teacher, *example, unlabeled, out / "unlabeled.png")
-        row = [epoch + 1, (epoch + 1) * steps, learner.optimizer.param_groups[0]["lr"],
-               *means.tolist(), miou, time.monotonic() - begun]
-        end_epoch(s, learner, run, row, zip(unlabeled, gammas.tolist()))
-    if RANK == 0:
-        print(f"done: the teacher's best mIoU is {run['best']:.2f}, in {out / 'best.pt'}")
-        try:
-            plot([out], out / "curves.png")
-        except UserError as error:
-            print(error)
-
-
-def end_epoch(s, learner, run, row, gammas):
-    """Process 0 adds an epoch to `run`: its row of COLUMNS, and (Sample, gamma or -1) of all."""
-    epoch, miou, out = row[0], row[-2], Path(s.out)
-    run["epoch"] = epoch
-    run["log.csv"] += ",".join(f"{value:.6g}" for value in row) + "\n"
-    run["hardness.csv"] += "".join(f"{epoch},{x.id.replace(',', ';')},{gamma:.6f}\n"
-                                   for x, gamma in gammas if gamma >= 0)
-    if miou > run["best"]:  # never for NaN
-        run["best"] = miou
-        best = {"settings": vars(s), "epoch": epoch, "teacher": learner.teacher.state_dict()}
-        save(out / "best.pt", lambda file: torch.save(best, file))
-    trained = {name: getattr(learner, name).state_dict() for name in TRAINED}
-    save(out / "last.pt", lambda file: torch.save({"settings": vars(s), **run, **trained}, file))
-    write_tables(s, run)
-    shown = (f"{name} {value:.5g} " for name, value in zip(COLUMNS, row) if value == value)
-    print(*shown, flush=True)
-
-
-def write_tables(s, run):
-    """Process 0 writes the state's tables, and the settings."""
-    texts = run | {"settings.json": json.dumps(vars(s), indent=1) + "\n"}
-    for name in ("log.csv", "hardness.csv", "settings.json"):
-        save(Path(s.out, name), lambda file: file.write(texts[name].encode()))
-
-
-# 11 ---------- the command line
-
-def parse(argv):
-    """Settings, and what to do. A setting is the flag's, else the checkpoint's (--eval, --predict)
-    or the preset's, else the default."""
-    def fail(message):
-        raise UserError(f"{message}; --help lists all flags")
-
-    def class_or_none(text):
-        return None if text == "none" else int(text)
-
-    parser = argparse.ArgumentParser("imas.py", description=Settings.__doc__)
-    parser.error = fail
-    job = parser.add_mutually_exclusive_group()
-    job.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
-    job.add_argument("--eval", metavar="CKPT", help="score a checkpoint")
-    job.add_argument("--predict", metavar="IMAGE", nargs="+", help="label images or folders")
-    job.add_argument("--plot", metavar="RUN", nargs="+", help="draw runs: curves.png in the first")
-    parser.add_argument("--checkpoint", metavar="CKPT", help="for --predict")
-    fields = dataclasses.fields(Settings)
-    helps = dict(re.findall(r"(\w+): .* = (.*)", inspect.getsource(Settings)))
-    for field in fields:
-        kind = {"type": type(field.default), "choices": get_args(field.type) or None}
-        if field.name == "background":
-            kind = {"type": class_or_none}
-        if field.type is bool:
-            kind = {"action": argparse.BooleanOptionalAction}
-        parser.add_argument("--" + field.name.replace("_", "-"), default=argparse.SUPPRESS,
-                            help=helps[field.name].replace("  # ", ": "), **kind)
-    todo = parser.parse_args(argv)
-    given = {field.name: getattr(todo, field.name) for field in fields if field.name in todo}
-    require(bool(todo.predict) == bool(todo.checkpoint) and ("out" in given or not todo.predict),
-            "--predict IMAGE... --checkpoint CKPT --out FOLDER belong together")
-    base = PRESETS.get(given.get("dataset", "demo"), {})
-    if todo.eval or todo.checkpoint:
-        base = load_checkpoint(todo.eval or todo.checkpoint)["settings"] | {"device": ""}
-        base["root"] = "" if "dataset" in given else base["root"]
-    s = Settings(**base | given)
-    if not todo.plot:
-        check_settings(s)
-    return s, todo
+def build_model(cfg, weights=None):
+    """The network of these settings, which are its attribute `settings`."""
+    model = DeepLabV3Plus(
+        cfg.num_classes, cfg.backbone, weights, cfg.output_stride, cfg.width, cfg.aux_weight > 0)
+    model.settings = cfg
+    return model
 
 
 def load_checkpoint(path):
-    """A checkpoint's content: a dict of settings, teacher, and more in last.pt."""
-    with explained(f"{path} is no whole checkpoint", "take a last.pt or best.pt"):
+    """The content of a checkpoint: a dict of settings, teacher, and more in last.pt."""
+    with explain(path, "is no checkpoint of this program: take a run's best.pt or last.pt"):
         content = torch.load(path, map_location="cpu", weights_only=True)
-        settings = vars(Settings(**content["settings"]))
-        return content | {"teacher": content["teacher"], "settings": settings}
+        content["settings"] = Settings(**content["settings"])
+        finite = all(x.isfinite().all() for x in content["teacher"].values())
+    check(finite, path, "has weights that are not finite: take another checkpoint")
+    return content
 
 
-def load(checkpoint, device="cpu", s=None):
-    """The teacher in a checkpoint, in eval mode; its `settings` are the run's, or `s`.
-    UserError if the file does not fit."""
-    content = load_checkpoint(checkpoint)
-    with explained(f"{checkpoint} does not fit", "leave out the flags that change the network"):
-        model = build_model(s or Settings(**content["settings"]))
+def load(path, device="cpu", cfg=None):
+    """The teacher in a checkpoint, in eval mode; its `settings` are the run's, or cfg."""
+    content = load_checkpoint(path)
+    model = build_model(cfg or content["settings"])
+    with explain(path, "does not fit: leave out the flags that change the network"):
         model.load_state_dict(content["teacher"])
-    return model.to(device, memory_format=LAYOUT).eval()
+    return model.to(device, memory_format=torch.channels_last).eval()
 
 
-def score(model, validation, checkpoint, device):
-    """Print what `model` scores, in percent, as JSON; write it beside `checkpoint`."""
-    iou, s = 100 * iou_per_class(evaluate(model, validation, device)), model.settings
-    of_class = [None if value != value else value for value in iou.tolist()]
-    result = {"miou": iou.nanmean().item(), "iou": dict(zip(s.class_names.split(","), of_class)),
-              "images": len(validation)}
+def make_folder(path, exist_ok=False):
+    """Make a folder for what is to be written; one that exists is left alone."""
+    with explain(path, "has to be a new folder: change --out; a run goes on with --resume"):
+        path.mkdir(parents=True, exist_ok=exist_ok)
+
+
+def train(cfg, device, resume):
+    """Train, and write all files of a run into its folder cfg.out."""
+    out = Path(cfg.out)
+    last = out / "last.pt"
+    terminal = sys.stdout.isatty()
+    labeled, unlabeled, val, source = load_datasets(cfg)
+    steps = len(unlabeled) // cfg.batch  # in an epoch
+    if cfg.method == "supervised" and steps == 0:
+        steps = len(labeled) // (2 * cfg.batch)
+    total_steps = cfg.epochs * steps
+    micro_batches = WORLD_SIZE * cfg.accumulate  # in a step
+    check(steps, len(unlabeled), "unlabeled images make no step: lower --labeled or --batch")
+    check(cfg.batch % micro_batches == 0 and cfg.batch >= 2 * micro_batches,
+          "--batch does not make", micro_batches,
+          "micro-batches (processes x --accumulate) of 2 images or more")
+
+    # To resume a run, settings and images must match
+    fixed = {**vars(cfg), "processes x --accumulate": micro_batches,
+             "images": [labeled.ids, unlabeled.ids, val.ids]}
+    saved = None
+    if resume and last.exists():
+        saved = load_checkpoint(last)
+        check("history" in saved, last, "is no last.pt of a run: put it back, or change --out")
+        before = saved["fixed"]
+        changed = {name for name in fixed if before.get(name) != fixed[name]} - MAY_CHANGE
+        check(not changed, out, "is of a run with other", *sorted(changed),
+              ": keep them, or change --out")
+
+    # Networks
+    torch.manual_seed(cfg.seed)  # for the first weights alone
+    student = build_model(cfg, None if saved else cfg.weights)
+    student.to(device, memory_format=torch.channels_last)
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    for module in student.modules():
+        if hasattr(module, "momentum"):  # of BatchNorm: K micro-batches move it as far as one
+            module.momentum /= cfg.accumulate
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    ddp_student = student
+    if WORLD_SIZE > 1:
+        ddp_student = nn.parallel.DistributedDataParallel(student)
+        ddp_student.broadcast_buffers = False  # the argument's name changes with torch
+
+    # Optimizer
+    groups = []
+    for name, module in student.named_children():
+        factor = 1 if name == "backbone" else cfg.head_lr
+        groups.append({"params": module.parameters(), "lr": factor * cfg.lr})
+    optimizer = torch.optim.SGD(groups, momentum=0.9, weight_decay=cfg.weight_decay)
+    schedule = torch.optim.lr_scheduler.PolynomialLR(optimizer, total_steps, power=0.9)
+
+    # The state of a run: new, or as last.pt has it
+    trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
+    log = []  # one row of COLUMNS per epoch
+    gammas = []  # per epoch the hardness of all unlabeled images, NaN where it was not measured
+    best_miou = -1.0
+    if saved:
+        log, gammas, best_miou = saved["history"]
+        for name, part in trained.items():
+            part.load_state_dict(saved[name])
     if RANK == 0:
-        text = json.dumps(result, indent=1)
-        print(text)
-        save(Path(checkpoint).with_suffix(".json"), lambda file: file.write(text.encode()))
+        make_folder(out, exist_ok=resume)
+        save(out / "settings.json", lambda file: file.write(json.dumps(vars(cfg)).encode()))
+        write_tables(out, log, gammas, unlabeled.ids)
+        print(len(labeled), f"labeled images ({source}),", len(unlabeled), "unlabeled,", len(val),
+              "for validation;", steps, "steps an epoch; on", device, "into", out)
+        if cfg.warmup_epochs >= cfg.epochs:
+            print("The warm-up takes all epochs: no unlabeled image is used.")
+        pictures = load_pictures()
 
+    for epoch in range(len(log), cfg.epochs):
+        start = time.monotonic()
+        measured = []
+        gamma = torch.full((len(unlabeled.ids),), -1.0, device=device)  # -1: not measured
+        datasets = [labeled, unlabeled]
+        if epoch < cfg.warmup_epochs or cfg.method == "supervised":
+            datasets = [labeled]  # and twice as many in a step
+        batch_size = 2 * cfg.batch // len(datasets)
+        loaders = [make_loader(dataset, epoch, steps, batch_size) for dataset in datasets]
+        for i, parts in enumerate(zip(*loaders), epoch * steps * cfg.accumulate):
+            step, micro_step = divmod(i, cfg.accumulate)
+            last_of_step = micro_step == cfg.accumulate - 1
+            batch = {}
+            for part in parts:
+                for name, x in part.items():
+                    batch[name] = x.to(device, non_blocking=True)
+            rng = np.random.default_rng((cfg.seed, step, RANK * cfg.accumulate + micro_step))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
+            # DDP averages the gradients over the processes in the last backward pass of a step.
+            ddp_student.require_backward_grad_sync = last_of_step
+            loss, metrics, seen = micro_batch_loss(ddp_student, teacher, batch, generator, cfg)
+            (loss / cfg.accumulate).backward()
+            measured.append(metrics)
+            if seen:
+                gamma[batch["index"]] = seen["gamma"]
+            if not last_of_step:
+                continue
 
-def predict_pictures(model, names, out):
-    """Write NAME.png, a palette mask, and NAME_overlay.png into `out` for all pictures in `names`,
-    files or folders; then UserError if some failed."""
-    pictures, faults = [], []
-    for name in names:
-        pictures += sorted(Path(name).glob("[!.]*")) or [Path(name)]
-    for path in pictures[RANK::WORLD]:
-        mask, overlay = Path(out, f"{path.stem}.png"), Path(out, f"{path.stem}_overlay.png")
-        try:
-            require(not mask.exists() and not overlay.exists(), f"{mask} or its overlay is there")
-            image = read_image(path)
-            label = predict(model, pil_to_tensor(image)[None])[0].argmax(0)
-        except (UserError, RuntimeError) as error:  # or out of memory
-            faults.append(f"{path} ({str(error).splitlines()[0]})")
+            lr = schedule.get_last_lr()[0]
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+            if WORLD_SIZE > 1 and device.type == "cpu":  # in place of SyncBatchNorm
+                for buffer in student.buffers():
+                    if buffer.is_floating_point():
+                        dist.all_reduce(buffer)
+                        buffer /= WORLD_SIZE
+            ema_step = step - cfg.warmup_epochs * steps if epoch > cfg.warmup_epochs else 0
+            update_teacher(teacher, student, ema_step, cfg.ema_decay)
+
+            if RANK == 0 and (step + 1) % (10 if terminal else 100) == 0:
+                loss_x, loss_u = metrics[:2].tolist()
+                pace = (time.monotonic() - start) / (step + 1 - epoch * steps)
+                print(f"epoch {epoch + 1}  step {step + 1}/{total_steps}  loss_x {loss_x:.3f}  "
+                      f"loss_u {loss_u:.3f}  {pace * (total_steps - step - 1) / 60:.0f} min left  ",
+                      end="\r" if terminal else "\n", flush=True)
+                check(loss.isfinite(), NOT_FINITE)
+
+        check(all(x.isfinite().all() for x in student.state_dict().values()), NOT_FINITE)
+        means = torch.stack(measured).double().mean(0) / WORLD_SIZE
+        if WORLD_SIZE > 1:
+            dist.all_reduce(means)
+            dist.all_reduce(gamma, dist.ReduceOp.MAX)
+        check(means[0] != 0, "no pixel of the labeled images is labeled: see their masks")
+        evaluated = (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs
+        iou = evaluate(teacher, val) if evaluated else gamma.new_tensor(math.nan)
+        if RANK > 0:
             continue
-        painted = paint(label, model.settings)
-        blended = Image.blend(image, painted.convert("RGB"), 0.5)
-        save(mask, lambda file: painted.save(file, "PNG"))
-        save(overlay, lambda file: blended.save(file, "PNG"))
-    require(not faults, f"{len(faults)} gave no mask: {'; '.join(faults[:3])}")
+
+        # Log, save, draw
+        miou = iou.nanmean().item()
+        log.append([epoch + 1, step + 1, lr, *means.tolist(), miou, time.monotonic() - start])
+        gammas.append(gamma.where(gamma >= 0, math.nan).cpu())
+        row = zip(COLUMNS, log[-1])
+        print(*(f"{name} {value:.5g} " for name, value in row if not math.isnan(value)), flush=True)
+        state = {"settings": vars(cfg), "teacher": teacher.state_dict()}
+        if miou > best_miou:
+            best_miou = miou
+            save(out / "best.pt", partial(torch.save, state))
+        state |= {name: part.state_dict() for name, part in trained.items()}
+        state |= {"fixed": fixed, "history": [log, gammas, best_miou]}
+        save(last, partial(torch.save, state))
+        write_tables(out, log, gammas, unlabeled.ids)
+        if pictures and evaluated:
+            names = cfg.class_names.split(",")
+            figure = pictures["draw_curves"](log, COLUMNS, gammas)
+            save(out / "curves.png", figure.savefig)
+            figure = pictures["draw_samples"](partial(predict, teacher), val, names, PALETTE)
+            save(out / "samples.png", figure.savefig)
+            if seen:
+                figure = pictures["draw_unlabeled"](seen, cfg.tau, names, PALETTE, MEAN, STD)
+                save(out / "unlabeled.png", figure.savefig)
+        if epoch + 1 == cfg.epochs:
+            print_scores(iou, cfg)
+    if RANK == 0:
+        print(f"done: the teacher's best mIoU is {best_miou:.2f}, in {out / 'best.pt'}")
+
+
+def write_tables(out, log, gammas, ids):
+    """Write log.csv, one row per epoch, and hardness.csv, one per epoch and image it measured."""
+    write = partial(np.savetxt, delimiter=",", comments="", encoding="utf-8")
+    save(out / "log.csv", partial(write, X=log, fmt="%.6g", header=",".join(COLUMNS)))
+    rows = []
+    for epoch, gamma in enumerate(gammas, 1):
+        for id, value in zip(ids, gamma.tolist()):
+            if value >= 0:
+                rows.append((epoch, id.replace(",", ";"), f"{value:.6f}"))
+    save(out / "hardness.csv", partial(write, X=rows, fmt="%s", header="epoch,id,hardness"))
+
+
+# 12 ---------- the command line
+
+def parse(argv):
+    """Settings and jobs. A setting is the flag's, else the checkpoint's or preset's, or default."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    job = parser.add_mutually_exclusive_group()
+    job.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
+    job.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="score a checkpoint")
+    job.add_argument("--predict", metavar="IMAGE", nargs="+",
+                     help="write masks of images, or of folders of images, into --out")
+    parser.add_argument("--checkpoint", help="for --predict, which also needs --out")
+    helps = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(Settings)))
+    for field in dataclasses.fields(Settings):
+        options = {"type": type(field.default), "choices": get_args(field.type) or None,
+                   "metavar": field.name.upper()}
+        if field.name == "background":
+            options = {"type": lambda text: None if text == "none" else int(text)}
+        if field.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
+                            help=helps[field.name], **options)
+    args, _ = parser.parse_known_args(argv)
+    defaults = PRESETS.get(args.dataset, {})
+    if args.eval or args.checkpoint:
+        content = load_checkpoint(args.eval or args.checkpoint)
+        defaults = vars(content["settings"]) | {"out": "", "device": ""}
+        if args.dataset != Settings.dataset:  # is given
+            defaults["root"] = ""
+    parser.set_defaults(**defaults)
+    parser.add_argument("--help", action="help", help="show this, with the defaults of --dataset")
+    args = parser.parse_args(argv)
+    check(bool(args.predict) == bool(args.checkpoint) and (args.out or not args.predict),
+          "--predict, --checkpoint and --out belong together")
+    return Settings(**{name: getattr(args, name) for name in helps}), args
+
+
+def predict_images(model, names, out):
+    """Write NAME.png, a palette mask, and NAME_overlay.jpg of images, files or folders of them."""
+    images = {}
+    for name in names:
+        check(name, "--predict has an empty name: see the command")
+        found = find_images(name) or {Path(name).stem: Path(name)}
+        doubled = images.keys() & found.keys()
+        check(not doubled, "two images of one name: rename one of", *sorted(doubled)[:3])
+        images |= found
+    make_folder(out)
+    failed = 0
+    for id, path in images.items():
+        try:
+            image = read_image(path)
+            label = predict(model, TF.pil_to_tensor(image)[None])[0].argmax(0)
+        except (UserError, RuntimeError) as error:  # no image; no memory
+            print("imas.py: no mask:", error, file=sys.stderr)
+            failed += 1
+            continue
+        mask = Image.fromarray(label.byte().cpu().numpy())
+        mask.putpalette(PALETTE.tobytes())
+        overlay = Image.blend(image, mask.convert("RGB"), 0.5)
+        Path(out, id).parent.mkdir(parents=True, exist_ok=True)
+        save(out / f"{id}.png", partial(mask.save, format="PNG"))
+        save(out / f"{id}_overlay.jpg", partial(overlay.save, format="JPEG"))
+    print(len(images) - failed, "masks in", out)
+    check(not failed, failed, "images have no mask: see above")
+
+
+def run(argv):
+    """Do what the command line says."""
+    cfg, args = parse(argv)
+    device = set_up_device(cfg)
+    root = Path(cfg.root)
+    if RANK == 0 and cfg.dataset == "demo" and not root.exists():
+        runpy.run_path(str(DATA / "demo.py"))["draw_demo"](root)
+    if WORLD_SIZE > 1:
+        dist.barrier()  # the demo is there
+    if args.eval:
+        ids = read_ids(root / "ImageSets" / "Segmentation" / "val.txt")
+        iou = evaluate(load(args.eval, device, cfg), SegmentationDataset(ids, "whole", cfg))
+        if RANK == 0:
+            print_scores(iou, cfg)
+    elif args.predict:
+        check(WORLD_SIZE == 1, "--predict takes one process: start it without torchrun")
+        predict_images(load(args.checkpoint, device, cfg), args.predict, Path(cfg.out))
+    else:
+        train(cfg, device, args.resume)
 
 
 def main(argv=None):
-    """Do what the command line says. A mistake ends in one line: process 0's while all set up
-    alike, later its finder's."""
-    tells, code = os.environ.get("LOCAL_RANK", "0") == "0", 2
+    """Do what the command line says. A mistake of the user's ends in one line and exit code 2."""
+    code = 2
     try:
-        s, todo = parse(argv)
-        if todo.plot:
-            return plot(todo.plot, Path(todo.plot[0], "curves.png"))
-        device = set_up_device(s)
-        if s.dataset == "demo" and not (Path(s.root).exists() or todo.predict or RANK):
-            with explained("no demo", "try again, or another --root"):
-                runpy.run_path(str(HERE / "data/prepare.py"))["demo"](s.root)
-        if WORLD > 1:
-            dist.barrier()  # the demo is there
-        if todo.predict:
-            model, tells = load(todo.checkpoint, device, s), True
-            predict_pictures(model, todo.predict, s.out)
-        elif todo.eval:
-            ids = read_ids(Path(s.root, "ImageSets/Segmentation/val.txt"))
-            model, validation, tells = load(todo.eval, device, s), find_samples(s, ids, True), True
-            score(model, validation, todo.eval, device)
-        else:
-            run, tells = begin_run(s, device, todo.resume), True
-            train(s, device, *run)
-        if WORLD == 1:
-            return
-        dist.destroy_process_group()
-        tells, code = False, 0
-    except UserError as error:  # with a traceback, if from a worker
-        line = str(error).strip().rpartition("UserError: ")[2]
-    except KeyboardInterrupt:
-        tells, code, line = RANK == 0, 130, "stopped; a run goes on with --resume"
-    except Exception as error:
-        tells, line = True, str(error).partition("\n")[0]
-        if re.search("of (shared )?memory|ALLOC|allocate |invalid conf|worker .pid", str(error)):
-            line += ": raise --accumulate, lower --batch, --crop, --workers; to evaluate --sliding"
-        else:
-            code, line = 1, traceback.format_exc()
-    if tells:
-        print(f"imas.py: {line}", file=sys.stderr, flush=True)
-    if WORLD > 1:  # and wait for no other process
+        run(argv)
+        if WORLD_SIZE > 1:
+            dist.destroy_process_group()
+        code = 0
+    except (UserError, OSError) as error:  # one from a loader's process has a traceback before it
+        message = str(error).strip().rpartition("UserError: ")[2]
+    except (torch.OutOfMemoryError, MemoryError):
+        message = ("out of memory: raise --accumulate or lower --batch or --crop; to evaluate, "
+                   "add --sliding")
+    except Exception:
+        code = 1
+        message = traceback.format_exc()
+    if code and WORLD_SIZE > 1:
+        # Of processes that fail alike the first reports, and those that miss another do not:
+        # torchrun ends them meanwhile.
+        time.sleep(5 * (LOCAL_RANK > 0) + 5 * (code == 1))
+    if code:
+        print("imas.py:", message, file=sys.stderr, flush=True)
+    if WORLD_SIZE > 1:
+        # At once: after an error NCCL can wait for ever, and a join of threads hung in older torch.
         sys.stdout.flush()
         os._exit(code)
-    raise SystemExit(code)
+    if code:
+        sys.exit(code)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once: files are whole at any time
+    sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
     main()
