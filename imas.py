@@ -844,6 +844,20 @@ def load_pictures():
         return {}
 
 
+def draw_run(pictures, log, gammas, model, dataset, seen):
+    """Draw a run into its folder, by the functions that load_pictures gives."""
+    cfg = model.settings
+    out = Path(cfg.out)
+    names = cfg.class_names.split(",")
+    figure = pictures["draw_curves"](log, COLUMNS, gammas)
+    save(out / "curves.png", figure.savefig)
+    figure = pictures["draw_samples"](partial(predict, model), dataset, names, PALETTE)
+    save(out / "samples.png", figure.savefig)
+    if seen:
+        figure = pictures["draw_unlabeled"](seen, cfg.tau, names, PALETTE, MEAN, STD)
+        save(out / "unlabeled.png", figure.savefig)
+
+
 # 11 ---------- the run
 
 NOT_FINITE = "the loss or the weights are not finite: lower --lr, and change --out"
@@ -893,10 +907,39 @@ def load(path, device="cpu", cfg=None):
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
+def load_run(path, fixed):
+    """The content of a run's last.pt, in which the settings and images in `fixed` are the same."""
+    saved = load_checkpoint(path)
+    check("history" in saved, path, "is no last.pt of a run: put it back, or change --out")
+    before = saved["fixed"]
+    changed = {name for name in fixed if before.get(name) != fixed[name]} - MAY_CHANGE
+    check(not changed, path, "is of a run with other", *sorted(changed),
+          ": keep them, or change --out")
+    return saved
+
+
 def make_folder(path, exist_ok=False):
     """Make a folder for what is to be written; one that exists is left alone."""
     with explain(path, "has to be a new folder: change --out; a run goes on with --resume"):
         path.mkdir(parents=True, exist_ok=exist_ok)
+
+
+def build_networks(cfg, device, weights):
+    """The student, the teacher as its copy, and the student as DDP wraps it for the processes."""
+    torch.manual_seed(cfg.seed)  # for the first weights alone
+    student = build_model(cfg, weights)
+    student.to(device, memory_format=torch.channels_last)
+    if WORLD_SIZE > 1 and device.type == "cuda":
+        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
+    for module in student.modules():
+        if hasattr(module, "momentum"):  # of BatchNorm: K micro-batches move it as far as one
+            module.momentum /= cfg.accumulate
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    ddp_student = student
+    if WORLD_SIZE > 1:
+        ddp_student = nn.parallel.DistributedDataParallel(student)
+        ddp_student.broadcast_buffers = False  # the argument's name changes with torch
+    return student, teacher, ddp_student
 
 
 def train(cfg, device, resume):
@@ -918,29 +961,8 @@ def train(cfg, device, resume):
     # To resume a run, settings and images must match
     fixed = {**vars(cfg), "processes x --accumulate": micro_batches,
              "images": [labeled.ids, unlabeled.ids, val.ids]}
-    saved = None
-    if resume and last.exists():
-        saved = load_checkpoint(last)
-        check("history" in saved, last, "is no last.pt of a run: put it back, or change --out")
-        before = saved["fixed"]
-        changed = {name for name in fixed if before.get(name) != fixed[name]} - MAY_CHANGE
-        check(not changed, out, "is of a run with other", *sorted(changed),
-              ": keep them, or change --out")
-
-    # Networks
-    torch.manual_seed(cfg.seed)  # for the first weights alone
-    student = build_model(cfg, None if saved else cfg.weights)
-    student.to(device, memory_format=torch.channels_last)
-    if WORLD_SIZE > 1 and device.type == "cuda":
-        student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
-    for module in student.modules():
-        if hasattr(module, "momentum"):  # of BatchNorm: K micro-batches move it as far as one
-            module.momentum /= cfg.accumulate
-    teacher = copy.deepcopy(student).requires_grad_(False).eval()
-    ddp_student = student
-    if WORLD_SIZE > 1:
-        ddp_student = nn.parallel.DistributedDataParallel(student)
-        ddp_student.broadcast_buffers = False  # the argument's name changes with torch
+    saved = load_run(last, fixed) if resume and last.exists() else None
+    student, teacher, ddp_student = build_networks(cfg, device, None if saved else cfg.weights)
 
     # Optimizer
     groups = []
@@ -1043,14 +1065,7 @@ def train(cfg, device, resume):
         save(last, partial(torch.save, state))
         write_tables(out, log, gammas, unlabeled.ids)
         if pictures and evaluated:
-            names = cfg.class_names.split(",")
-            figure = pictures["draw_curves"](log, COLUMNS, gammas)
-            save(out / "curves.png", figure.savefig)
-            figure = pictures["draw_samples"](partial(predict, teacher), val, names, PALETTE)
-            save(out / "samples.png", figure.savefig)
-            if seen:
-                figure = pictures["draw_unlabeled"](seen, cfg.tau, names, PALETTE, MEAN, STD)
-                save(out / "unlabeled.png", figure.savefig)
+            draw_run(pictures, log, gammas, teacher, val, seen)
         if epoch + 1 == cfg.epochs:
             print_scores(iou, cfg)
     if RANK == 0:
