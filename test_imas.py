@@ -754,6 +754,10 @@ ImageSets/Segmentation/val.txt | img_3 | | val.txt | img_3
 | | --crop 32 | --crop
 | | --epochs 0 | --epochs
 | | --workers -1 | --workers
+| | --width 0 | --width
+| | --ema-decay 2 | --ema-decay
+| | --lr -1 | --lr
+| | --lambda-u nan | --lambda-u
 | | --method uniform --adapt loss | --adapt
 | | --device cuda | no cuda | --device cpu
 | | --lr 1e30 | not finite | lower --lr
@@ -768,6 +772,7 @@ ImageSets/Segmentation/val.txt | gone | --resume --out {run} | val.txt
 | | --eval {voc}/x.pt --width 16 | x.pt does not fit | flags
 x.pt | binary | --eval {voc}/x.pt | x.pt is no checkpoint
 | | --eval {voc}/nan.pt | nan.pt | not finite
+| | --eval= | no checkpoint
 | | --predict {voc}/JPEGImages {voc}/JPEGImages/img_0.jpg --checkpoint {voc}/x.pt | two images
 | | --predict {voc}/JPEGImages --checkpoint {voc}/x.pt --out {voc} | {voc} | --out
 """
@@ -789,6 +794,7 @@ def test_mistake_is_one_line_and_nothing_is_overwritten(row, voc, out, capsys, m
     assert all(word in told for word in words), told
     after = files(voc.parent)
     assert before.items() <= after.items() and "new/last.pt" not in after
+
 
 # ---------- what only a GPU would show
 
