@@ -2,19 +2,19 @@
 
 Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the paper.
 
-    python imas.py                                                the demo: on a CPU, in minutes
-    torchrun imas.py --dataset voc --labeled 183                  PASCAL VOC, on one GPU
-    torchrun --nproc-per-node 4 imas.py --dataset voc --labeled 183    on four
-    python imas.py --dataset FOLDER --num-classes N --labeled K   your own images
+    python imas.py  # the demo: on a CPU, in minutes
+    torchrun imas.py --dataset voc --labeled 183  # PASCAL VOC, on one GPU
+    torchrun --nproc-per-node 4 imas.py --dataset voc --labeled 183  # on four
+    python imas.py --dataset FOLDER --num-classes N --labeled K  # your own images
 
 A student network learns from a few labeled images and many unlabeled ones. A teacher, the moving
-average of the student, predicts pseudo-labels for the unlabeled images. Where teacher and student
-disagree about an image, or are not confident, the image is hard: its pseudo-labels are not to be
-trusted. Its hardness gamma in [0, 1] (section 2) decides how strongly it is augmented, with which
-image it is mixed (3) and how much its loss counts (4). Section 6 is the paper's Algorithm 1.
+average of the student, predicts pseudo-labels for these. Where teacher and student disagree about
+an image, or are not confident, it is hard: its pseudo-labels are not to be trusted. Its hardness
+gamma in [0, 1] (section 2) decides how strongly it is augmented, with which image it is mixed (3)
+and how much its loss counts (4). Section 6 is the paper's Algorithm 1.
 
-Sections 2 to 5, the method, stand alone: copy the functions that you need. In all of them B is the
-number of images, C of classes, H and W are height and width, and label 255 is ignored.
+Sections 2 to 5, the method, stand alone: copy what you need. B is the number of images, C of
+classes, H and W are height and width, and label 255 is ignored.
 """
 
 import argparse
@@ -48,7 +48,6 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 from torchvision.models.segmentation.deeplabv3 import ASPP
-from torchvision.models.segmentation.fcn import FCNHead
 from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import functional as TF
 
@@ -61,7 +60,7 @@ STD = (0.229, 0.224, 0.225)
 
 
 class UserError(Exception):
-    """A mistake of the user's: what is wrong, where, and what to do, in one line."""
+    """A mistake of the user's: what is wrong, where and what to do, in one line."""
 
 
 def check(condition, *words):
@@ -89,21 +88,21 @@ Adapt = Literal["none", "intensity", "cutmix", "loss", "intensity,cutmix", "inte
 
 @dataclasses.dataclass
 class Settings:
-    """All settings. Each is a flag, its comment the help; parse puts PRESETS over the defaults."""
+    """All settings. Each is a flag, its comment the help; PRESETS override these defaults."""
     dataset: str = "demo"  # demo, voc, cityscapes, camvid, or a folder
-    root: str = ""  # folder of the data; else data/DATASET, or the folder DATASET
-    out: str = ""  # new folder of the run; else runs/DATASET-LABELED-METHOD-SEED
-    labeled: str = ""  # how many images keep their labels, or a file with their ids
-    method: Literal["imas", "uniform", "supervised"] = "imas"  # imas, uniform or supervised
-    adapt: Adapt = ALL_PARTS  # what follows hardness: none, or some of intensity,cutmix,loss
+    root: str = ""  # folder of the data; else data/DATASET, or DATASET
+    out: str = ""  # new folder of the run; else in runs/
+    labeled: str = ""  # how many images keep labels, or a file with their ids
+    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: without hardness
+    adapt: Adapt = ALL_PARTS  # what follows hardness
     num_classes: int = 0  # in the masks, background included
     class_names: str = ""  # from class 0 on: sky,road,...
     background: int | None = 0  # class left out of hardness, or none
-    backbone: str = "resnet50"  # resnet18, 34, 50, 101; or resnet8, small and without weights
-    weights: Literal["imagenet", "none"] = "imagenet"  # first weights of the backbone; or none
-    output_stride: Literal[8, 16] = 16  # 16, or 8: finer, and three times slower
+    backbone: str = "resnet50"  # resnet18, 34, 50, 101; or resnet8, without weights
+    weights: Literal["imagenet", "none"] = "imagenet"  # the backbone's first ones
+    output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # long side before random scaling, and the most in evaluation; 0: any
+    base_size: int = 0  # long side before random scaling, most in evaluation; 0: any
     crop: int = 513  # side of a training image, in pixels
     batch: int = 16  # labeled images a step, and unlabeled ones, over all processes
     accumulate: int = 1  # micro-batches a step in each process; raise it to save memory
@@ -116,43 +115,38 @@ class Settings:
     lambda_u: float = 3.0  # weight of the unlabeled loss
     ema_decay: float = 0.996  # of the teacher; lower it for short runs
     ohem: bool = False  # learn from the hardest labeled pixels alone
-    aux_weight: float = 0.0  # of the loss of an auxiliary head on layer3; 0: no such head
+    aux_weight: float = 0.0  # of the loss of a second head, on layer3; 0: none
     sliding: bool = False  # evaluate by overlapping windows of crop x crop
-    eval_every: int = 1  # epochs; the last one is always evaluated
+    eval_every: int = 1  # epochs, and at the end
     workers: int = min(4, os.cpu_count() // 2)  # processes that load images, for each loader
     seed: int = 0  # of every draw
-    device: Literal["", "cpu", "cuda"] = ""  # cpu or cuda; else cuda if there is one
+    device: Literal["", "cpu", "cuda"] = ""  # else cuda if there is one
 
     def __post_init__(self):
-        """Fill in what follows from other settings; UserError for what makes no sense."""
-        folder = DATA / self.dataset if self.dataset in PRESETS else Path(self.dataset)
-        check(2 <= self.num_classes <= 255,
-              "--num-classes has to be from 2 to 255, unless --dataset is one of", *PRESETS)
-        check(0 <= self.tau <= 1 and 0 <= self.ema_decay <= 1,
-              "--tau and --ema-decay have to be from 0 to 1")
-        check(self.crop >= 33, "--crop has to be 33 or more")
-        check(min(self.epochs, self.eval_every, self.batch, self.accumulate, self.width) > 0,
-              "--epochs, --eval-every, --batch, --accumulate and --width have to be 1 or more")
-        numbers = (self.warmup_epochs, self.workers, self.seed, self.base_size, self.lr,
-                   self.head_lr, self.weight_decay, self.lambda_u, self.aux_weight)
-        check(all(0 <= number < math.inf for number in numbers),
-              "--warmup-epochs, --workers, --seed, --base-size, --lr, --head-lr, --weight-decay,",
-              "--lambda-u and --aux-weight have to be 0 or more")
-        classes = range(self.num_classes)
-        check(self.background in (None, *classes), "--background has to be a class, or none")
-        self.class_names = self.class_names or ",".join(map(str, classes))
-        check(self.class_names.count(",") == self.num_classes - 1,
-              "--class-names have to be as many as --num-classes")
-        method = self.method
-        if method != "imas":
+        """Fill in what follows from others; UserError for nonsense."""
+        check(self.num_classes, "--num-classes is missing, or --dataset is not one of", *PRESETS)
+        for name, value in vars(self).items():
+            least = LEAST.get(name, 0)
+            most = MOST.get(name, math.inf)
+            check(isinstance(value, str | None) or least <= value <= most,
+                  "--" + name.replace("_", "-"), value, "is not from", least, "to", most)
+        check((self.background or 0) < self.num_classes, "--background has to be a class, or none")
+        method = self.method if self.adapt == ALL_PARTS else self.adapt
+        if self.method != "imas":
             check(self.adapt in (ALL_PARTS, "none"), "--adapt is for --method imas")
             self.adapt = "none"
-        elif self.adapt != ALL_PARTS:
-            method = self.adapt
-        labels = "-".join(Path(self.labeled.removesuffix(".txt")).parts[-2:])
+        self.class_names = self.class_names or ",".join(map(str, range(self.num_classes)))
+        check(self.class_names.count(",") == self.num_classes - 1,
+              "--class-names are not as many as --num-classes")
+        folder = DATA / self.dataset if self.dataset in PRESETS else Path(self.dataset)
         self.root = os.path.abspath(self.root or folder)
+        labels = "-".join(Path(self.labeled.removesuffix(".txt")).parts[-2:])
         self.out = self.out or f"runs/{folder.resolve().name}-{labels}-{method}-{self.seed}"
 
+
+# Of numbers; what is not here is 0 or more.
+LEAST = dict(num_classes=2, crop=33, width=1, batch=1, accumulate=1, epochs=1, eval_every=1)
+MOST = dict(num_classes=255, tau=1, ema_decay=1)
 
 PRESETS = {
     "demo": dict(
@@ -166,7 +160,7 @@ PRESETS = {
         class_names="background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,"
                     "diningtable,dog,horse,motorbike,person,pottedplant,sheep,sofa,train,tvmonitor",
     ),
-    # As in the authors' code, hardness leaves out Cityscapes' class 0, road, too.
+    # As in the authors' code, hardness leaves out class 0, road.
     "cityscapes": dict(
         num_classes=19, base_size=2048, crop=769, epochs=240, lr=0.01, head_lr=1.0,
         weight_decay=5e-4, tau=0.7, ohem=True, aux_weight=0.4, sliding=True,
@@ -174,9 +168,8 @@ PRESETS = {
                     "terrain,sky,person,rider,car,truck,bus,train,motorcycle,bicycle",
     ),
     "camvid": dict(
-        num_classes=11, background=None, backbone="resnet18", weights="none", width=64,
+        num_classes=11, background=None, backbone="resnet18", weights="none", width=64, tau=0.8,
         base_size=240, crop=128, batch=4, epochs=28, warmup_epochs=12, lr=0.005, head_lr=1.0,
-        tau=0.8,
         class_names="sky,building,pole,road,pavement,tree,sign,fence,car,pedestrian,bicyclist",
     ),
 }
@@ -191,27 +184,25 @@ def hardness(student_logits, teacher_logits, tau, background=None, valid=None):
 
         rho(p)      = fraction of pixels whose highest probability is >= tau
         IoU_k       = IoU of class k between argmax p^s and argmax p^t; 0 where neither predicts k
-        wIoU(q | r) = sum_k w_k IoU_k, w_k = fraction of class k in argmax r, renormalised without
-                      `background`
+        wIoU(q | r) = sum_k w_k IoU_k, w_k = fraction of class k in argmax r without `background`
         gamma       = 1 - 1/2 [ rho(p^s) wIoU(p^t | p^s) + rho(p^t) wIoU(p^s | p^t) ]
 
     Both logits: float [B, C, H, W], in eval mode and without gradient; tau in [0, 1]; background:
     a class or None; valid: bool [B, H, W], False for padding: fractions are of the valid pixels.
-    -> float32 [B] in [0, 1], 1 = hardest. While the teacher equals the student it is 1 - rho; but
-    where background alone is predicted, it is 1.
+    -> float32 [B] in [0, 1], 1 = hardest, as where nothing but background is predicted.
     """
     B, C = student_logits.shape[:2]
     if valid is None:
         valid = torch.ones_like(student_logits[:, 0], dtype=torch.bool)
 
-    def confident_fraction_and_label(logits):  # rho [B], argmax [B, H, W]
+    def rho_and_label(logits):  # [B], [B, H, W]
         top, label = logits.float().max(1)
         confidence = (top - logits.float().logsumexp(1)).exp()
         confident = (confidence >= tau) & valid
         return confident.sum((1, 2)) / valid.sum((1, 2)).clamp(min=1), label
 
-    rho_s, label_s = confident_fraction_and_label(student_logits)
-    rho_t, label_t = confident_fraction_and_label(teacher_logits)
+    rho_s, label_s = rho_and_label(student_logits)
+    rho_t, label_t = rho_and_label(teacher_logits)
 
     # A confusion matrix for each image: rows are the teacher's classes, columns the student's.
     cell = (label_t * C + label_s).flatten(1)
@@ -236,8 +227,8 @@ def weak_augment(image, mask, crop, base_size, rng):
     """A_w: random scaling, crop and horizontal flip of a PIL image and its mask.
 
     base_size: the long side before scaling by a factor from [0.5, 2], or 0: the image's own. rng:
-    a numpy.random.Generator. -> image and mask of at most crop x crop pixels, as by resizing and
-    then cropping, up to rounding; but only the crop is resampled.
+    a numpy.random.Generator. -> both, at most crop x crop, as by resizing and then cropping; but
+    only the crop is resampled.
     """
     factor = rng.uniform(0.5, 2)
     if base_size:
@@ -246,9 +237,8 @@ def weak_augment(image, mask, crop, base_size, rng):
     size = np.minimum(scaled, crop)
     corner = rng.integers(scaled - size + 1)
     to_pixels = image.size / scaled
-    start = corner * to_pixels
     end = np.minimum((corner + size) * to_pixels, image.size)
-    window = (*start, *end)  # left, top, right, bottom, in the image's own pixels
+    window = (*corner * to_pixels, *end)  # left, top, right, bottom, in the image's own pixels
     image = image.resize(size.tolist(), Image.BILINEAR, window)
     mask = mask.resize(size.tolist(), Image.NEAREST, window)
     if rng.random() < 0.5:
@@ -256,11 +246,8 @@ def weak_augment(image, mask, crop, base_size, rng):
     return image, mask
 
 
-STRONG = (  # operations on a PIL image, with a magnitude m and its range
-    (lambda image, m: image, 0, 0),
-    (lambda image, m: TF.autocontrast(image), 0, 0),
-    (lambda image, m: TF.equalize(image), 0, 0),
-    (lambda image, m: TF.invert(image), 0, 0),
+STRONG = (  # operations on a PIL image, and the range of their magnitude if they have one
+    (lambda image: image,), (TF.autocontrast,), (TF.equalize,), (TF.invert,),
     (lambda image, m: image.filter(ImageFilter.GaussianBlur(m)), 0.1, 2),
     (TF.adjust_contrast, 0.1, 0.95),
     (TF.adjust_brightness, 0.1, 0.95),
@@ -275,16 +262,16 @@ STRONG = (  # operations on a PIL image, with a magnitude m and its range
 def strong_augment(image, rng):
     """A_s: two operations of STRONG, drawn with replacement, on the colors of an RGB PIL image."""
     for i in rng.integers(len(STRONG), size=2):
-        operation, low, high = STRONG[i]
-        image = operation(image, rng.uniform(low, high))
+        operation, *limits = STRONG[i]
+        magnitude = rng.uniform(*limits)  # not used where there is no range
+        image = operation(image, magnitude) if limits else operation(image)
     return image
 
 
 def adapt_intensity(weak, strong, gamma):
     """The intensity view, (1 - gamma) A_s(u) + gamma u: hard images are augmented less.
 
-    Paper, "Model-adaptive augmentations"; u: a weakly augmented image. weak, strong, result: float
-    [B, 3, H, W]; gamma: [B] in [0, 1].
+    Paper, "Model-adaptive augmentations". weak (u), strong: float [B, 3, H, W]; gamma: [B].
     """
     return torch.lerp(strong, weak, gamma.to(weak.dtype).view(-1, 1, 1, 1))
 
@@ -293,7 +280,7 @@ def pair_hard_easy(gamma):
     """Partner of each image in CutMix: the k-th hardest gets the k-th easiest, and the reverse.
 
     Paper, "Model-adaptive augmentations". gamma: [B] -> int64 [B]. In an odd batch the middle
-    image is its own partner; equal gammas keep the order of the batch.
+    image is its own partner.
     """
     easy_to_hard = gamma.argsort(stable=True)
     partner = torch.empty_like(easy_to_hard)
@@ -304,16 +291,14 @@ def pair_hard_easy(gamma):
 def cutmix_boxes(batch, height, width, generator):
     """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner is pasted.
 
-    All are v height x v width, rounded down to even, with one v ~ U(0.1, 0.9). Each has a center of
-    its own in [height/16, height) x [width/16, width), as in the authors' code, and is clipped at
-    the border. generator: a torch.Generator on the CPU.
+    All are v height x v width, rounded down to even, with one v ~ U(0.1, 0.9); centers are drawn
+    from [height/16, height) x [width/16, width). generator: a torch.Generator on the CPU.
     """
     v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
 
     def span(side):  # bool [batch, side], along one axis
         center = torch.randint(side // 16, side, (batch, 1), generator=generator)
         return (torch.arange(side) + 0.5 - center).abs() < int(v * side) // 2
-
     return span(height).unsqueeze(2) & span(width).unsqueeze(1)
 
 
@@ -321,8 +306,7 @@ def draw_cutmix(gamma, height, width, generator, adaptive=True):
     """Decide on CutMix for a batch, with probability mean(1 - gamma): the easier, the likelier.
 
     Paper, "Model-adaptive augmentations". gamma: [B]. -> partners int64 [B] and boxes bool
-    [B, height, width]; or None, None. If not adaptive: probability 1/2, as in the authors' code,
-    and random partners.
+    [B, height, width]; or None, None. If not adaptive: probability 1/2 and random partners.
     """
     device = gamma.device
     gamma = gamma.cpu()  # here the CPU waits for the GPU, once a micro-batch
@@ -351,8 +335,7 @@ def supervised_loss(logits, target):
 def ohem_cross_entropy(logits, target, threshold, min_kept):
     """L_x of Cityscapes: cross entropy of hard pixels alone (OHEM, Shrivastava et al., CVPR 2016).
 
-    Hard: the true class has probability <= threshold; if they are fewer than min_kept, the min_kept
-    least probable pixels, and any as probable as the last of them.
+    Hard: the true class has probability <= threshold; at least the min_kept least probable pixels.
     logits: float [B, C, H, W]; target: int64 [B, H, W] in 0..C-1, or 255. -> scalar, 0 if empty
     """
     loss = F.cross_entropy(logits.float(), target, ignore_index=255, reduction="none")
@@ -371,10 +354,9 @@ def consistency_loss(logits, pseudo_label, confidence, tau, gamma=None, valid=No
         L_u = mean over i of (1 - gamma_i) L_i
 
     Paper, "Model-adaptive supervision". logits: float [B, C, H, W], the student's; pseudo_label:
-    int64 [B, H, W], 255 is ignored, and confidence: float [B, H, W], both the teacher's; gamma:
-    [B] in [0, 1], for a CutMix view that of the image outside the box, or None: no weighting;
-    valid: bool [B, H, W] or None, False for padding, whose loss is 0 but which counts in H W.
-    -> scalar
+    int64 [B, H, W] and confidence: float [B, H, W], the teacher's; gamma: [B], in CutMix of the
+    image outside the box, or None: no weighting; valid: bool [B, H, W] or None, False for padding,
+    whose loss is 0 but which counts in H W. -> scalar
     """
     loss = F.cross_entropy(logits.float(), pseudo_label, ignore_index=255, reduction="none")
     used = confidence >= tau
@@ -393,10 +375,11 @@ def update_teacher(teacher, student, step, decay):
     """theta_t <- alpha theta_t + (1 - alpha) theta_s, alpha = min(1 - 1/(step + 1), decay).
 
     Parameters and BatchNorm's running statistics alike, in place; integer buffers are copied.
-    step: 0 up to the end of the first epoch with unlabeled images, so that the teacher is the
-    student, as in the authors' code; then the optimizer steps since the warm-up.
+    step: since the warm-up, but 0 through the first epoch with unlabeled images, as in the
+    authors' code: there the teacher is the student.
     """
-    of_teacher, of_student = [], []
+    of_teacher = []
+    of_student = []
     for t, s in zip(teacher.state_dict().values(), student.state_dict().values()):
         if t.is_floating_point():
             of_teacher.append(t)
@@ -415,12 +398,10 @@ METRICS = ("loss_x", "loss_u", "hardness", "confident", "cutmix")
 def micro_batch_loss(student, teacher, batch, generator, cfg):
     """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one micro-batch.
 
-        hardness_and_pseudo_labels -> views -> this loss -> student's step -> update_teacher
-
-    The last two are in train. batch: of labeled images image uint8 [B, 3, H, W] and label uint8
-    [B, H, W]; of as many unlabeled ones, if any, weak and strong uint8 [B, 3, H, W], valid bool
-    [B, H, W] and index [B]. generator: for CutMix, on the CPU. Returns the loss; METRICS, float
-    [5], NaN where there is nothing to measure; what the student saw of unlabeled images, or None.
+    train goes on with the student's step and update_teacher. batch: image uint8 [B, 3, H, W] and
+    label uint8 [B, H, W]; of as many unlabeled images, if any, weak and strong uint8 [B, 3, H, W],
+    valid bool [B, H, W] and index [B]. generator: for CutMix, on the CPU. -> the loss; METRICS,
+    float [5], NaN where nothing is measured; what the student saw of unlabeled images, or None.
     """
     label = batch["label"].long()
     views = {"labeled": normalize(batch["image"])}
@@ -428,28 +409,31 @@ def micro_batch_loss(student, teacher, batch, generator, cfg):
         weak = normalize(batch["weak"])  # u [B, 3, H, W]
         strong = normalize(batch["strong"])  # A_s(u)
         valid = batch["valid"]
-        gamma, pseudo_label, confidence = hardness_and_pseudo_labels(
-            student, teacher, weak, valid, cfg)
+        student.eval()
+        with torch.no_grad(), autocast(weak.device):
+            student_logits = student(weak)  # [B, C, H, W]
+            teacher_logits = teacher(weak)
+        student.train()
+        gamma = hardness(student_logits, teacher_logits, cfg.tau, cfg.background, valid)
+        confidence, pseudo_label = teacher_logits.float().softmax(1).max(1)
 
-        # No loss uses the student's output for u: it lets BatchNorm's running statistics include
-        # clean images, such as hardness and evaluation use.
-        views["weak"] = weak
+        views["weak"] = weak  # in no loss: for BatchNorm, whose statistics need clean images too
+        views["intensity"] = strong
         if "intensity" in cfg.adapt:
             views["intensity"] = adapt_intensity(weak, strong, gamma)
-        else:
-            views["intensity"] = strong
         partner, box = draw_cutmix(gamma, *weak.shape[2:], generator, "cutmix" in cfg.adapt)
         if box is not None:
             views["cutmix"] = torch.where(box.unsqueeze(1), weak[partner], weak)
 
     with autocast(label.device):
-        output = student(torch.cat(list(views.values())))  # the only pass with gradient
-    logits, aux_logits = output if cfg.aux_weight else (output, None)
+        logits = student(torch.cat(list(views.values())))  # the only pass with gradient
+    loss_aux = 0
+    if cfg.aux_weight:
+        logits, aux_logits = logits
+        loss_aux = cfg.aux_weight * labeled_loss(aux_logits[:len(label)], label, cfg)
     logits = dict(zip(views, logits.chunk(len(views))))
 
-    loss_x = labeled_loss(logits["labeled"], label, cfg)
-    if cfg.aux_weight:
-        loss_x = loss_x + cfg.aux_weight * labeled_loss(aux_logits[:len(label)], label, cfg)
+    loss_x = labeled_loss(logits["labeled"], label, cfg) + loss_aux
     if "weak" not in batch:  # the warm-up, or a supervised run
         return loss_x, F.pad(loss_x.detach().view(1), (0, 4), value=math.nan), None
 
@@ -471,22 +455,6 @@ def micro_batch_loss(student, teacher, batch, generator, cfg):
     return loss_x + cfg.lambda_u * loss_u, metrics, seen
 
 
-def hardness_and_pseudo_labels(student, teacher, weak, valid, cfg):
-    """What both networks predict on the weak images, float [B, 3, H, W]; valid: bool [B, H, W].
-
-    -> gamma [B], pseudo-labels int64 [B, H, W], their confidence [B, H, W]. Both networks are in
-    eval mode meanwhile, and the student is in training mode afterwards.
-    """
-    student.eval()
-    with torch.no_grad(), autocast(weak.device):
-        student_logits = student(weak)  # [B, C, H, W]
-        teacher_logits = teacher(weak)
-    student.train()
-    gamma = hardness(student_logits, teacher_logits, cfg.tau, cfg.background, valid)
-    confidence, pseudo_label = teacher_logits.float().softmax(1).max(1)
-    return gamma, pseudo_label, confidence
-
-
 def labeled_loss(logits, label, cfg):
     """L_x of one output; OHEM (Cityscapes) keeps at least 50 000 pixels times the images."""
     if cfg.ohem:
@@ -495,16 +463,13 @@ def labeled_loss(logits, label, cfg):
 
 
 def autocast(device):
-    """Mixed precision in bfloat16, on the GPUs that have it."""
+    """Mixed precision, on GPUs with bfloat16."""
     enabled = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.autocast(device.type, torch.bfloat16, enabled)
 
 
 def normalize(images):
-    """uint8 [B, 3, H, W] -> float32 with ImageNet's mean and deviation, in channels-last.
-
-    By scalars: a tensor of means would have to be copied to the GPU, and the CPU to wait.
-    """
+    """uint8 [B, 3, H, W] -> float32 with ImageNet's mean and deviation, channels-last."""
     channels = [(images[:, c] / 255 - MEAN[c]) / STD[c] for c in range(3)]
     return torch.stack(channels, 1).contiguous(memory_format=torch.channels_last)
 
@@ -514,9 +479,8 @@ def normalize(images):
 class DeepLabV3Plus(nn.Module):
     """DeepLabV3+ (Chen et al., ECCV 2018): float [B, 3, H, W] -> logits [B, num_classes, H, W].
 
-    backbone: resnet18 to 101, or resnet8: one block a stage, no layer4; weights: "imagenet" or
-    None; output_stride: 16 or 8; width: channels of ASPP and decoder; aux: a second head, on
-    layer3, whose logits are a second result in training.
+    backbone: resnet18 to 101, or resnet8: one block a stage, no layer4; weights: "imagenet", None;
+    output_stride: 16, 8; width: of ASPP and decoder; aux: in training, also logits from layer3.
     """
 
     def __init__(self, num_classes, backbone="resnet18", weights=None, output_stride=16, width=256,
@@ -529,15 +493,13 @@ class DeepLabV3Plus(nn.Module):
         self.aspp = ASPP(high_channels, rates, width)
         self.aspp.project = self.aspp.project[:-1]  # no dropout, as in the authors' code
         self.low_level = Conv2dNormActivation(64 * expansion, 48, 1)
-        self.decoder = nn.Sequential(
-            Conv2dNormActivation(width + 48, width, 3),
-            Conv2dNormActivation(width, width, 3),
-            nn.Conv2d(width, num_classes, 1),
-        )
+        self.decoder = nn.Sequential(Conv2dNormActivation(width + 48, width, 3),
+                                     Conv2dNormActivation(width, width, 3),
+                                     nn.Conv2d(width, num_classes, 1))
         self.aux = None
         if aux:
-            self.aux = FCNHead(256 * expansion, num_classes)
-            del self.aux[3]  # its dropout
+            self.aux = nn.Sequential(Conv2dNormActivation(256 * expansion, 64 * expansion, 3),
+                                     nn.Conv2d(64 * expansion, num_classes, 1))
 
     def forward(self, images):
         net = self.backbone
@@ -574,7 +536,7 @@ def dilated_resnet(name, weights, output_stride):
 
 
 def dilate(stage, rates):
-    """Replace the stride of a stage of a ResNet by dilation, with one rate for each block."""
+    """Replace the stride of a ResNet's stage by dilation, with one rate for each block."""
     for block, rate in zip(stage.children(), rates):
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
@@ -592,20 +554,18 @@ class SegmentationDataset(Dataset):
     "labeled"    the same, weakly augmented and padded to [crop, crop]
     "unlabeled"  weak and strong like image; valid bool [crop, crop], False for padding; index
 
-    A mask's stored values, not the colors of its palette, are classes, or 255. Every draw follows
-    from (seed, epoch, kind, position in the epoch), whichever process loads the image. cfg has
-    root, num_classes, seed, base_size and crop, as in Settings.
+    Every draw follows from (seed, epoch, kind, position in the epoch). cfg has root, num_classes,
+    seed, base_size and crop, as in Settings.
     """
 
     KINDS = ("whole", "labeled", "unlabeled")
 
     def __init__(self, ids, kind, cfg):
         folder = Path(cfg.root, "JPEGImages")
-        found = find_images(folder)
+        self.images = find_images(folder)
         for id in ids:
-            check(id in found, "no image", folder / id, "for an id in the lists: add it")
+            check(id in self.images, "no image", folder / id, "for an id in the lists: add it")
         self.ids = ids
-        self.images = [found[id] for id in ids]
         self.kind = kind
         self.cfg = cfg
         self.order = range(len(ids))
@@ -623,12 +583,13 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, position):
         cfg = self.cfg
         index = self.order[position]
-        image = read_image(self.images[index])
+        id = self.ids[index]
+        image = read_image(self.images[id])
         mask = Image.new("L", image.size)  # of an unlabeled image: to tell padding apart
         if self.kind != "unlabeled":
-            path = Path(cfg.root, "SegmentationClass", f"{self.ids[index]}.png")
+            path = Path(cfg.root, "SegmentationClass", f"{id}.png")
             mask = read_mask(path, cfg.num_classes)
-            check(mask.size == image.size, path, "is not of the size of", self.images[index],
+            check(mask.size == image.size, path, "is not of the size of", self.images[id],
                   ": replace one, or take both off the lists")
         if self.kind == "whole":
             return {"image": TF.pil_to_tensor(image), "label": TF.pil_to_tensor(mask)[0]}
@@ -644,7 +605,7 @@ class SegmentationDataset(Dataset):
 
 
 def find_images(folder):
-    """{id: path} of the images in a folder and the folders in it; links are followed."""
+    """{id: path} of the images in a folder and the folders in it."""
     found = {}
     for name in sorted(glob.glob("**/*.*", root_dir=folder, recursive=True)):
         id, ending = os.path.splitext(name.replace(os.sep, "/"))
@@ -655,20 +616,20 @@ def find_images(folder):
 
 
 def open_image(path):
-    """The image in a file as a PIL image, its EXIF orientation applied."""
+    """The PIL image in a file, its EXIF orientation applied."""
     with explain("cannot read", path, ": replace it, or leave it out"):
         return ImageOps.exif_transpose(Image.open(path))
 
 
 def read_image(path):
-    """The image in a file as a PIL image in RGB."""
+    """The PIL image in a file, in RGB."""
     image = open_image(path)
     check(image.mode[0] not in "IF", path, "has mode", image.mode, ": save it with 8 bits a band")
     return image.convert("RGB")
 
 
 def read_mask(path, num_classes):
-    """The mask in a file as a PIL image of bytes: the stored values, which are classes or 255."""
+    """The mask in a file, a PIL image of bytes: the stored values, classes or 255."""
     mask = open_image(path)
     labels = np.array(mask)
     check(labels.ndim == 2, path, "has several bands, not one: see data/prepare.py own")
@@ -681,29 +642,26 @@ def read_mask(path, num_classes):
 
 
 def pad(image, side, fill=(124, 116, 104)):
-    """A PIL image as uint8 [bands, side, side], padded at the right and the bottom; by MEAN."""
+    """A PIL image as uint8 [bands, side, side], padded at the right and the bottom by MEAN."""
     border = (0, 0, side - image.width, side - image.height)
     return TF.pil_to_tensor(ImageOps.expand(image, border, fill))
 
 
-BYTE_ORDER_MARKS = (b"\xff\xfe", b"\xfe\xff")  # of UTF-16
-
-
 def read_ids(path):
-    """The ids in a list, one on each line. A path names its id: "JPEGImages/x.jpg y.png" is x."""
+    """The ids in a list, one a line. A path names its id: "JPEGImages/x.jpg y.png" is x."""
     with explain("no list", path, "in UTF-8: see --root, --labeled and data/prepare.py"):
-        content = Path(path).read_bytes()
-        text = content.decode("utf-16" if content[:2] in BYTE_ORDER_MARKS else "utf-8-sig")
+        text = Path(path).read_bytes()
+        lines = text.decode(json.detect_encoding(text)).splitlines()
     around_id = r"^[./]*(JPEGImages/)?|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
-    ids = [re.sub(around_id, "", line.strip(), flags=re.I) for line in text.splitlines()]
-    check(any(ids), "the list", path, "is empty: write an id on each line")
-    return list(dict.fromkeys(filter(None, ids)))
+    ids = [re.sub(around_id, "", line.strip(), flags=re.I) for line in lines if line.strip()]
+    check(ids, "the list", path, "is empty: write an id on each line")
+    return list(dict.fromkeys(ids))
 
 
 def load_datasets(cfg):
-    """The labeled, the unlabeled and the validation images; and where the labeled ones are from."""
-    check(cfg.labeled, "--labeled is missing: a number of images, or a file with their ids")
-    lists = Path(cfg.root, "ImageSets", "Segmentation")
+    """The labeled, unlabeled and validation images; and where the labeled ones are from."""
+    check(cfg.labeled, "--labeled is missing: how many images, or a file with their ids")
+    lists = Path(cfg.root, "ImageSets/Segmentation")
     val = read_ids(lists / "val.txt")
     pool = read_ids(lists / "train.txt")
     published = Path(cfg.root, "splits", cfg.labeled)
@@ -716,7 +674,7 @@ def load_datasets(cfg):
         masked = [id for id in pool if Path(masks, f"{id}.png").is_file()]
         number = int(cfg.labeled)
         check(0 < number <= len(masked), "--labeled", number, "is not from 1 to", len(masked),
-              ": so many ids of train.txt have a mask,", masks / f"{pool[0]}.png")
+              ": so many ids of train.txt have a mask in", masks)
         rng = np.random.default_rng(cfg.seed)
         labeled = rng.permutation(masked)[:number].tolist()
         source = "drawn with the seed"
@@ -724,7 +682,7 @@ def load_datasets(cfg):
         labeled = read_ids(cfg.labeled)
     unlabeled = sorted({*pool} - {*labeled})
     both = {*val} & {*labeled, *unlabeled}
-    check(not both, "both in val.txt and to train with, take off one list:", *sorted(both)[:3])
+    check(not both, "in val.txt and to train with, take off one list:", *sorted(both)[:3])
     return (
         SegmentationDataset(labeled, "labeled", cfg),
         SegmentationDataset(unlabeled, "unlabeled", cfg),
@@ -765,7 +723,7 @@ def iou_per_class(confusion):
 def predict(model, image):
     """Probabilities float [1, C, H, W] of an image, uint8 [1, 3, H, W]; `model` as load gives it.
 
-    Shrunk to base_size if larger, it goes through the network whole; with `sliding` by windows of
+    The image, shrunk to base_size if larger, is seen whole; with `sliding` by windows of
     crop x crop, each 2/3 of a window after the one before, the last flush with the border.
     """
     cfg = model.settings
@@ -779,7 +737,6 @@ def predict(model, image):
     def windows(side):  # along one axis
         last = max(side - size, 0)
         return [slice(start, start + size) for start in (*range(0, last, size * 2 // 3), last)]
-
     total = image.new_zeros(1, cfg.num_classes, height, width)
     count = image.new_zeros(height, width)
     for rows in windows(height):
@@ -791,93 +748,54 @@ def predict(model, image):
 
 @torch.no_grad()
 def evaluate(model, dataset):
-    """IoU of each class in percent, float64 [C], over `dataset` of kind "whole".
-
-    Each process takes its part of the images, and all get the result.
-    """
+    """IoU of each class in percent, float64 [C], over `dataset` of kind "whole"."""
     cfg = model.settings
+    C = cfg.num_classes
     device = next(model.parameters()).device
-    part = range(RANK, len(dataset), WORLD_SIZE)
-    confusion = torch.zeros(cfg.num_classes, cfg.num_classes, dtype=torch.int64, device=device)
+    confusion = torch.zeros(C, C, dtype=torch.int64, device=device)
+    part = range(RANK, len(dataset), WORLD_SIZE)  # of this process
     for item in DataLoader(dataset, batch_size=None, sampler=part, num_workers=cfg.workers):
         prediction = predict(model, item["image"][None])[0].argmax(0)
-        confusion += confusion_matrix(prediction, item["label"].to(device), cfg.num_classes)
+        confusion += confusion_matrix(prediction, item["label"].to(device), C)
     if WORLD_SIZE > 1:
         dist.all_reduce(confusion)
-    check(confusion.any(1).sum() > 1, "the validation masks hold fewer than two classes: see",
-          "--num-classes and data/prepare.py own")
+    check(confusion.any(), "no pixel of the validation masks is labeled: see data/prepare.py own")
     return 100 * iou_per_class(confusion)
 
 
 def print_scores(iou, cfg):
     """Print the IoU of each class, and their mean, in percent."""
     for name, value in zip(cfg.class_names.split(","), iou):
-        if value == 0:
-            name += "  (never found)"
         print(f"{value:6.2f}  {name}")
     print(f"{iou.nanmean():6.2f}  mIoU")
 
 
-# 10 ---------- pictures
+# 10 ---------- tables and pictures
 
-# PASCAL VOC's colors, uint8 [256, 3]: bits 0, 3, 6 of a class are the highest bits of its red,
-# bits 1, 4, 7 of its green, bits 2, 5 of its blue.
-BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-PALETTE = np.hstack([np.packbits(BITS[:, channel::3], axis=1) for channel in range(3)])
-
-
-def save(path, write):
-    """Have write(file) make a file, whole or not at all."""
-    content = io.BytesIO()
-    write(content)
-    with explain("cannot write", path, ": make room, or change --out; --resume goes on with a run"):
-        Path(f"{path}.new").write_bytes(content.getbuffer())
-        os.replace(f"{path}.new", path)
-
-
-def load_pictures():
-    """The functions of data/pictures.py that draw a run; {} where there is no matplotlib."""
-    try:
-        return runpy.run_path(str(DATA / "pictures.py"))
-    except (ImportError, OSError) as error:
-        print(f"No pictures of the run: they take pip install matplotlib ({error}).")
-        return {}
-
-
-def draw_run(pictures, log, gammas, model, dataset, seen):
-    """Draw a run into its folder, by the functions that load_pictures gives."""
-    cfg = model.settings
-    out = Path(cfg.out)
-    names = cfg.class_names.split(",")
-    figure = pictures["draw_curves"](log, COLUMNS, gammas)
-    save(out / "curves.png", figure.savefig)
-    figure = pictures["draw_samples"](partial(predict, model), dataset, names, PALETTE)
-    save(out / "samples.png", figure.savefig)
-    if seen:
-        figure = pictures["draw_unlabeled"](seen, cfg.tau, names, PALETTE, MEAN, STD)
-        save(out / "unlabeled.png", figure.savefig)
+def load_report():
+    """The functions of data/report.py, {} without it: tables, pictures, predicted masks."""
+    sys.modules["imas"] = sys.modules[__name__]  # this file, as that one imports it
+    path = DATA / "report.py"
+    return runpy.run_path(str(path)) if path.exists() else {}
 
 
 # 11 ---------- the run
 
 NOT_FINITE = "the loss or the weights are not finite: lower --lr, and change --out"
 COLUMNS = ("epoch", "steps", "lr", *METRICS, "miou", "seconds")
-# What may differ when a run is resumed, if a step has as many micro-batches as before
 MAY_CHANGE = {"device", "workers", "root", "out", "eval_every", "class_names", "accumulate"}
 
 
 def set_up_device(cfg):
     """The device asked for, else a GPU if there is one; joins the processes of torchrun."""
-    check(RANK < WORLD_SIZE, "RANK is set without WORLD_SIZE: unset it, or start with torchrun")
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explain("no", name, "for each process: take fewer, or --device cpu"):
         if name == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
-        device = torch.empty(1, device=name).device  # with its index
     if WORLD_SIZE > 1:
         with explain("the processes do not meet: try torchrun with another --master-port"):
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    return device
+    return torch.device(name)
 
 
 def build_model(cfg, weights=None):
@@ -889,12 +807,11 @@ def build_model(cfg, weights=None):
 
 
 def load_checkpoint(path):
-    """The content of a checkpoint: a dict of settings, teacher, and more in last.pt."""
-    with explain(path, "is no checkpoint of this program: take a run's best.pt or last.pt"):
+    """A checkpoint's content: settings, teacher, and more in last.pt."""
+    with explain(path, "is no good checkpoint: take a run's best.pt or last.pt"):
         content = torch.load(path, map_location="cpu", weights_only=True)
         content["settings"] = Settings(**content["settings"])
-        finite = all(x.isfinite().all() for x in content["teacher"].values())
-    check(finite, path, "has weights that are not finite: take another checkpoint")
+        check(all(x.isfinite().all() for x in content["teacher"].values()), "it is not finite")
     return content
 
 
@@ -907,27 +824,19 @@ def load(path, device="cpu", cfg=None):
     return model.to(device, memory_format=torch.channels_last).eval()
 
 
-def load_run(path, fixed):
-    """The content of a run's last.pt, in which the settings and images in `fixed` are the same."""
-    saved = load_checkpoint(path)
-    check("history" in saved, path, "is no last.pt of a run: put it back, or change --out")
-    before = saved["fixed"]
-    changed = {name for name in fixed if before.get(name) != fixed[name]} - MAY_CHANGE
-    check(not changed, path, "is of a run with other", *sorted(changed),
-          ": keep them, or change --out")
-    return saved
+def save(path, write):
+    """Have write(file) make a file, whole or not at all."""
+    content = io.BytesIO()
+    write(content)
+    with explain("cannot write", path, ": make room and --resume, or change --out"):
+        Path(f"{path}.new").write_bytes(content.getbuffer())
+        os.replace(f"{path}.new", path)
 
 
-def make_folder(path, exist_ok=False):
-    """Make a folder for what is to be written; one that exists is left alone."""
-    with explain(path, "has to be a new folder: change --out; a run goes on with --resume"):
-        path.mkdir(parents=True, exist_ok=exist_ok)
-
-
-def build_networks(cfg, device, weights):
-    """The student, the teacher as its copy, and the student as DDP wraps it for the processes."""
+def build_networks(cfg, device):
+    """The student, the teacher as its copy, and the student as DDP wraps it."""
     torch.manual_seed(cfg.seed)  # for the first weights alone
-    student = build_model(cfg, weights)
+    student = build_model(cfg, cfg.weights)
     student.to(device, memory_format=torch.channels_last)
     if WORLD_SIZE > 1 and device.type == "cuda":
         student = nn.SyncBatchNorm.convert_sync_batchnorm(student)
@@ -949,22 +858,25 @@ def train(cfg, device, resume):
     terminal = sys.stdout.isatty()
     labeled, unlabeled, val, source = load_datasets(cfg)
     steps = len(unlabeled) // cfg.batch  # in an epoch
-    if cfg.method == "supervised" and steps == 0:
-        steps = len(labeled) // (2 * cfg.batch)
+    if cfg.method == "supervised":
+        steps = steps or len(labeled) // (2 * cfg.batch)
     total_steps = cfg.epochs * steps
     micro_batches = WORLD_SIZE * cfg.accumulate  # in a step
     check(steps, len(unlabeled), "unlabeled images make no step: lower --labeled or --batch")
-    check(cfg.batch % micro_batches == 0 and cfg.batch >= 2 * micro_batches,
-          "--batch does not make", micro_batches,
-          "micro-batches (processes x --accumulate) of 2 images or more")
+    check(cfg.batch % micro_batches == 0 and cfg.batch >= 2 * micro_batches, "--batch is not for",
+          micro_batches, "micro-batches (processes x --accumulate) of 2 images or more")
 
-    # To resume a run, settings and images must match
+    # To resume, settings and images must match, but for MAY_CHANGE
     fixed = {**vars(cfg), "processes x --accumulate": micro_batches,
              "images": [labeled.ids, unlabeled.ids, val.ids]}
-    saved = load_run(last, fixed) if resume and last.exists() else None
-    student, teacher, ddp_student = build_networks(cfg, device, None if saved else cfg.weights)
+    saved = None
+    if resume and last.exists():
+        saved = load_checkpoint(last)
+        changed = {name for name in fixed if saved["fixed"].get(name) != fixed[name]} - MAY_CHANGE
+        check(not changed, last, "is of a run with other", *sorted(changed),
+              ": keep them, or change --out")
+    student, teacher, ddp_student = build_networks(cfg, device)
 
-    # Optimizer
     groups = []
     for name, module in student.named_children():
         factor = 1 if name == "backbone" else cfg.head_lr
@@ -982,34 +894,31 @@ def train(cfg, device, resume):
         for name, part in trained.items():
             part.load_state_dict(saved[name])
     if RANK == 0:
-        make_folder(out, exist_ok=resume)
+        with explain(out, "has to be new: change --out; --resume goes on with a run"):
+            out.mkdir(parents=True, exist_ok=resume)
         save(out / "settings.json", lambda file: file.write(json.dumps(vars(cfg)).encode()))
-        write_tables(out, log, gammas, unlabeled.ids)
         print(len(labeled), f"labeled images ({source}),", len(unlabeled), "unlabeled,", len(val),
               "for validation;", steps, "steps an epoch; on", device, "into", out)
         if cfg.warmup_epochs >= cfg.epochs:
             print("The warm-up takes all epochs: no unlabeled image is used.")
-        pictures = load_pictures()
+        report = load_report()
 
     for epoch in range(len(log), cfg.epochs):
         start = time.monotonic()
         measured = []
         gamma = torch.full((len(unlabeled.ids),), -1.0, device=device)  # -1: not measured
-        datasets = [labeled, unlabeled]
         if epoch < cfg.warmup_epochs or cfg.method == "supervised":
-            datasets = [labeled]  # and twice as many in a step
-        batch_size = 2 * cfg.batch // len(datasets)
-        loaders = [make_loader(dataset, epoch, steps, batch_size) for dataset in datasets]
+            loaders = [make_loader(labeled, epoch, steps, 2 * cfg.batch)]
+        else:
+            loaders = [make_loader(x, epoch, steps, cfg.batch) for x in (labeled, unlabeled)]
         for i, parts in enumerate(zip(*loaders), epoch * steps * cfg.accumulate):
             step, micro_step = divmod(i, cfg.accumulate)
             last_of_step = micro_step == cfg.accumulate - 1
-            batch = {}
-            for part in parts:
-                for name, x in part.items():
-                    batch[name] = x.to(device, non_blocking=True)
+            batch = {name: x.to(device, non_blocking=True)
+                     for part in parts for name, x in part.items()}
             rng = np.random.default_rng((cfg.seed, step, RANK * cfg.accumulate + micro_step))
             generator = torch.Generator().manual_seed(int(rng.integers(2**63)))
-            # DDP averages the gradients over the processes in the last backward pass of a step.
+            # DDP averages gradients over the processes in a step's last backward pass.
             ddp_student.require_backward_grad_sync = last_of_step
             loss, metrics, seen = micro_batch_loss(ddp_student, teacher, batch, generator, cfg)
             (loss / cfg.accumulate).backward()
@@ -1018,7 +927,6 @@ def train(cfg, device, resume):
                 gamma[batch["index"]] = seen["gamma"]
             if not last_of_step:
                 continue
-
             lr = schedule.get_last_lr()[0]
             optimizer.step()
             optimizer.zero_grad()
@@ -1044,13 +952,13 @@ def train(cfg, device, resume):
         if WORLD_SIZE > 1:
             dist.all_reduce(means)
             dist.all_reduce(gamma, dist.ReduceOp.MAX)
-        check(means[0] != 0, "no pixel of the labeled images is labeled: see their masks")
-        evaluated = (epoch + 1) % cfg.eval_every == 0 or epoch + 1 == cfg.epochs
-        iou = evaluate(teacher, val) if evaluated else gamma.new_tensor(math.nan)
+        last_epoch = epoch + 1 == cfg.epochs
+        iou = torch.tensor(math.nan)
+        if last_epoch or (epoch + 1) % cfg.eval_every == 0:
+            iou = evaluate(teacher, val)
         if RANK > 0:
             continue
 
-        # Log, save, draw
         miou = iou.nanmean().item()
         log.append([epoch + 1, step + 1, lr, *means.tolist(), miou, time.monotonic() - start])
         gammas.append(gamma.where(gamma >= 0, math.nan).cpu())
@@ -1062,44 +970,30 @@ def train(cfg, device, resume):
             save(out / "best.pt", partial(torch.save, state))
         state |= {name: part.state_dict() for name, part in trained.items()}
         state |= {"fixed": fixed, "history": [log, gammas, best_miou]}
+        if report:
+            report["write_report"](log, gammas, unlabeled.ids, teacher, val, seen)
         save(last, partial(torch.save, state))
-        write_tables(out, log, gammas, unlabeled.ids)
-        if pictures and evaluated:
-            draw_run(pictures, log, gammas, teacher, val, seen)
-        if epoch + 1 == cfg.epochs:
+        if last_epoch:
             print_scores(iou, cfg)
     if RANK == 0:
         print(f"done: the teacher's best mIoU is {best_miou:.2f}, in {out / 'best.pt'}")
 
 
-def write_tables(out, log, gammas, ids):
-    """Write log.csv, one row per epoch, and hardness.csv, one per epoch and image it measured."""
-    write = partial(np.savetxt, delimiter=",", comments="", encoding="utf-8")
-    save(out / "log.csv", partial(write, X=log, fmt="%.6g", header=",".join(COLUMNS)))
-    rows = []
-    for epoch, gamma in enumerate(gammas, 1):
-        for id, value in zip(ids, gamma.tolist()):
-            if value >= 0:
-                rows.append((epoch, id.replace(",", ";"), f"{value:.6f}"))
-    save(out / "hardness.csv", partial(write, X=rows, fmt="%s", header="epoch,id,hardness"))
-
-
 # 12 ---------- the command line
 
 def parse(argv):
-    """Settings and jobs. A setting is the flag's, else the checkpoint's or preset's, or default."""
+    """Settings and jobs. A setting is the flag's, the checkpoint's or preset's, or the default."""
     parser = argparse.ArgumentParser(
-        add_help=False, allow_abbrev=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     job = parser.add_mutually_exclusive_group()
     job.add_argument("--resume", action="store_true", help="go on with the run in --out, if any")
     job.add_argument("--eval", metavar="CHECKPOINT", type=Path, help="score a checkpoint")
     job.add_argument("--predict", metavar="IMAGE", nargs="+",
-                     help="write masks of images, or of folders of images, into --out")
-    parser.add_argument("--checkpoint", help="for --predict, which also needs --out")
+                     help="write masks of images, or folders of them, into --out")
+    parser.add_argument("--checkpoint", help="for --predict")
     helps = dict(re.findall(r"(\w+): .* = .*  # (.*)", inspect.getsource(Settings)))
     for field in dataclasses.fields(Settings):
-        options = {"type": type(field.default), "choices": get_args(field.type) or None,
-                   "metavar": field.name.upper()}
+        options = {"type": type(field.default), "choices": get_args(field.type) or None}
         if field.name == "background":
             options = {"type": lambda text: None if text == "none" else int(text)}
         if field.type is bool:
@@ -1114,40 +1008,10 @@ def parse(argv):
         if args.dataset != Settings.dataset:  # is given
             defaults["root"] = ""
     parser.set_defaults(**defaults)
-    parser.add_argument("--help", action="help", help="show this, with the defaults of --dataset")
+    parser.add_argument("--help", action="help", help="show this, with --dataset's defaults")
     args = parser.parse_args(argv)
-    check(bool(args.predict) == bool(args.checkpoint) and (args.out or not args.predict),
-          "--predict, --checkpoint and --out belong together")
+    check(bool(args.predict) == bool(args.checkpoint), "--predict and --checkpoint go together")
     return Settings(**{name: getattr(args, name) for name in helps}), args
-
-
-def predict_images(model, names, out):
-    """Write NAME.png, a palette mask, and NAME_overlay.jpg of images, files or folders of them."""
-    images = {}
-    for name in names:
-        check(name, "--predict has an empty name: see the command")
-        found = find_images(name) or {Path(name).stem: Path(name)}
-        doubled = images.keys() & found.keys()
-        check(not doubled, "two images of one name: rename one of", *sorted(doubled)[:3])
-        images |= found
-    make_folder(out)
-    failed = 0
-    for id, path in images.items():
-        try:
-            image = read_image(path)
-            label = predict(model, TF.pil_to_tensor(image)[None])[0].argmax(0)
-        except (UserError, RuntimeError) as error:  # no image; no memory
-            print("imas.py: no mask:", error, file=sys.stderr)
-            failed += 1
-            continue
-        mask = Image.fromarray(label.byte().cpu().numpy())
-        mask.putpalette(PALETTE.tobytes())
-        overlay = Image.blend(image, mask.convert("RGB"), 0.5)
-        Path(out, id).parent.mkdir(parents=True, exist_ok=True)
-        save(out / f"{id}.png", partial(mask.save, format="PNG"))
-        save(out / f"{id}_overlay.jpg", partial(overlay.save, format="JPEG"))
-    print(len(images) - failed, "masks in", out)
-    check(not failed, failed, "images have no mask: see above")
 
 
 def run(argv):
@@ -1158,43 +1022,39 @@ def run(argv):
     if RANK == 0 and cfg.dataset == "demo" and not root.exists():
         runpy.run_path(str(DATA / "demo.py"))["draw_demo"](root)
     if WORLD_SIZE > 1:
-        dist.barrier()  # the demo is there
+        dist.barrier()
     if args.eval:
-        ids = read_ids(root / "ImageSets" / "Segmentation" / "val.txt")
+        ids = read_ids(root / "ImageSets/Segmentation/val.txt")
         iou = evaluate(load(args.eval, device, cfg), SegmentationDataset(ids, "whole", cfg))
         if RANK == 0:
             print_scores(iou, cfg)
     elif args.predict:
         check(WORLD_SIZE == 1, "--predict takes one process: start it without torchrun")
-        predict_images(load(args.checkpoint, device, cfg), args.predict, Path(cfg.out))
+        model = load(args.checkpoint, device, cfg)
+        load_report()["predict_images"](model, args.predict, Path(cfg.out))
     else:
         train(cfg, device, args.resume)
 
 
 def main(argv=None):
-    """Do what the command line says. A mistake of the user's ends in one line and exit code 2."""
+    """Run it. A mistake of the user's ends in one line and exit code 2."""
     code = 2
     try:
         run(argv)
-        if WORLD_SIZE > 1:
-            dist.destroy_process_group()
         code = 0
     except (UserError, OSError) as error:  # one from a loader's process has a traceback before it
         message = str(error).strip().rpartition("UserError: ")[2]
     except (torch.OutOfMemoryError, MemoryError):
-        message = ("out of memory: raise --accumulate or lower --batch or --crop; to evaluate, "
-                   "add --sliding")
+        message = "out of memory: raise --accumulate or lower --crop; to evaluate, add --sliding"
     except Exception:
         code = 1
         message = traceback.format_exc()
-    if code and WORLD_SIZE > 1:
-        # Of processes that fail alike the first reports, and those that miss another do not:
-        # torchrun ends them meanwhile.
-        time.sleep(5 * (LOCAL_RANK > 0) + 5 * (code == 1))
     if code:
+        if LOCAL_RANK > 0 or code == 1 and WORLD_SIZE > 1:
+            time.sleep(5)  # what another process reports ends this one meanwhile, by torchrun
         print("imas.py:", message, file=sys.stderr, flush=True)
     if WORLD_SIZE > 1:
-        # At once: after an error NCCL can wait for ever, and a join of threads hung in older torch.
+        # At once: NCCL can wait for others for ever, and older torch hung in joining threads.
         sys.stdout.flush()
         os._exit(code)
     if code:
