@@ -52,6 +52,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import functional as TF
 
 DATA = Path(__file__).resolve().parent / "data"
+REPORT = DATA / "report.py"  # tables and pictures of a run, and predicted masks
 RANK = int(os.environ.get("RANK", 0))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -64,7 +65,7 @@ class UserError(Exception):
 
 
 def check(condition, *words):
-    """Raise UserError unless the condition holds; words as for print."""
+    """Raise UserError unless the condition holds; words as for print, ":" without a space."""
     if not condition:
         raise UserError(" ".join(map(str, words)).replace(" :", ":"))
 
@@ -93,8 +94,8 @@ class Settings:
     root: str = ""  # folder of the data; else data/DATASET, or DATASET
     out: str = ""  # new folder of the run; else in runs/
     labeled: str = ""  # how many images keep labels, or a file with their ids
-    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: without hardness
-    adapt: Adapt = ALL_PARTS  # what follows hardness
+    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: none by hardness
+    adapt: Adapt = ALL_PARTS  # parts that follow hardness, others are as in uniform
     num_classes: int = 0  # in the masks, background included
     class_names: str = ""  # from class 0 on: sky,road,...
     background: int | None = 0  # class left out of hardness, or none
@@ -102,7 +103,7 @@ class Settings:
     weights: Literal["imagenet", "none"] = "imagenet"  # the backbone's first ones
     output_stride: Literal[8, 16] = 16  # 8 is finer, and three times slower
     width: int = 256  # channels of ASPP and decoder
-    base_size: int = 0  # long side before random scaling, most in evaluation; 0: any
+    base_size: int = 0  # long side before random scaling, maximum in evaluation; 0: any
     crop: int = 513  # side of a training image, in pixels
     batch: int = 16  # labeled images a step, and unlabeled ones, over all processes
     accumulate: int = 1  # micro-batches a step in each process; raise it to save memory
@@ -260,7 +261,7 @@ STRONG = (  # operations on a PIL image, and the range of their magnitude if the
 
 
 def strong_augment(image, rng):
-    """A_s: two operations of STRONG, drawn with replacement, on the colors of an RGB PIL image."""
+    """A_s: two operations of STRONG, drawn with replacement, on an RGB PIL image."""
     for i in rng.integers(len(STRONG), size=2):
         operation, *limits = STRONG[i]
         magnitude = rng.uniform(*limits)  # not used where there is no range
@@ -279,8 +280,7 @@ def adapt_intensity(weak, strong, gamma):
 def pair_hard_easy(gamma):
     """Partner of each image in CutMix: the k-th hardest gets the k-th easiest, and the reverse.
 
-    Paper, "Model-adaptive augmentations". gamma: [B] -> int64 [B]. In an odd batch the middle
-    image is its own partner.
+    Paper, "Model-adaptive augmentations". gamma: [B] -> int64 [B]; the middle of an odd B: itself.
     """
     easy_to_hard = gamma.argsort(stable=True)
     partner = torch.empty_like(easy_to_hard)
@@ -291,7 +291,7 @@ def pair_hard_easy(gamma):
 def cutmix_boxes(batch, height, width, generator):
     """Boxes of CutMix: bool [batch, height, width] on the CPU, True where the partner is pasted.
 
-    All are v height x v width, rounded down to even, with one v ~ U(0.1, 0.9); centers are drawn
+    v height x v width, rounded down to even, with one v ~ U(0.1, 0.9) for all; centers are drawn
     from [height/16, height) x [width/16, width). generator: a torch.Generator on the CPU.
     """
     v = torch.empty(()).uniform_(0.1, 0.9, generator=generator).item()
@@ -348,10 +348,10 @@ def ohem_cross_entropy(logits, target, threshold, min_kept):
 
 
 def consistency_loss(logits, pseudo_label, confidence, tau, gamma=None, valid=None):
-    """L_u of one view: cross entropy with confident pseudo-labels, where hard images count less.
+    """L(view): cross entropy with confident pseudo-labels, in which hard images count less.
 
         L_i = mean over all H W pixels of [confidence >= tau] CE(logits, pseudo_label)
-        L_u = mean over i of (1 - gamma_i) L_i
+        L(view) = mean over i of (1 - gamma_i) L_i
 
     Paper, "Model-adaptive supervision". logits: float [B, C, H, W], the student's; pseudo_label:
     int64 [B, H, W] and confidence: float [B, H, W], the teacher's; gamma: [B], in CutMix of the
@@ -375,8 +375,8 @@ def update_teacher(teacher, student, step, decay):
     """theta_t <- alpha theta_t + (1 - alpha) theta_s, alpha = min(1 - 1/(step + 1), decay).
 
     Parameters and BatchNorm's running statistics alike, in place; integer buffers are copied.
-    step: since the warm-up, but 0 through the first epoch with unlabeled images, as in the
-    authors' code: there the teacher is the student.
+    step: since the warm-up; but 0, that is teacher = student, up to the end of the first epoch
+    with unlabeled images, as in the authors' code.
     """
     of_teacher = []
     of_student = []
@@ -387,7 +387,7 @@ def update_teacher(teacher, student, step, decay):
         else:
             t.copy_(s)
     alpha = min(1 - 1 / (step + 1), decay)
-    get_ema_multi_avg_fn(alpha)(of_teacher, of_student, step)
+    get_ema_multi_avg_fn(alpha)(of_teacher, of_student, None)
 
 
 # 6 ---------- one training step
@@ -398,10 +398,12 @@ METRICS = ("loss_x", "loss_u", "hardness", "confident", "cutmix")
 def micro_batch_loss(student, teacher, batch, generator, cfg):
     """Algorithm 1 and Figure 2 of the paper: the loss L_x + lambda_u L_u of one micro-batch.
 
-    train goes on with the student's step and update_teacher. batch: image uint8 [B, 3, H, W] and
-    label uint8 [B, H, W]; of as many unlabeled images, if any, weak and strong uint8 [B, 3, H, W],
-    valid bool [B, H, W] and index [B]. generator: for CutMix, on the CPU. -> the loss; METRICS,
-    float [5], NaN where nothing is measured; what the student saw of unlabeled images, or None.
+        L_u = L(intensity view), or with CutMix (L(intensity view) + L(CutMix view)) / 2
+
+    Then, in train: the student's step and update_teacher. batch: image uint8 [B, 3, H, W], label
+    uint8 [B, H, W]; with unlabeled images also weak, strong uint8 [B, 3, H, W], valid bool
+    [B, H, W], index [B]. generator: for CutMix, on the CPU. -> the loss; METRICS, float [5], NaN
+    where nothing is measured; what the student saw of unlabeled images, or None.
     """
     label = batch["label"].long()
     views = {"labeled": normalize(batch["image"])}
@@ -536,7 +538,7 @@ def dilated_resnet(name, weights, output_stride):
 
 
 def dilate(stage, rates):
-    """Replace the stride of a ResNet's stage by dilation, with one rate for each block."""
+    """Replace a ResNet stage's stride by dilation, one rate for each block."""
     for block, rate in zip(stage.children(), rates):
         for module in block.modules():
             if isinstance(module, nn.Conv2d):
@@ -554,8 +556,7 @@ class SegmentationDataset(Dataset):
     "labeled"    the same, weakly augmented and padded to [crop, crop]
     "unlabeled"  weak and strong like image; valid bool [crop, crop], False for padding; index
 
-    Every draw follows from (seed, epoch, kind, position in the epoch). cfg has root, num_classes,
-    seed, base_size and crop, as in Settings.
+    Draws: from (seed, epoch, kind, position). cfg has root, num_classes, seed, base_size and crop.
     """
 
     KINDS = ("whole", "labeled", "unlabeled")
@@ -642,7 +643,7 @@ def read_mask(path, num_classes):
 
 
 def pad(image, side, fill=(124, 116, 104)):
-    """A PIL image as uint8 [bands, side, side], padded at the right and the bottom by MEAN."""
+    """A PIL image as uint8 [bands, side, side], padded at the right and bottom by MEAN."""
     border = (0, 0, side - image.width, side - image.height)
     return TF.pil_to_tensor(ImageOps.expand(image, border, fill))
 
@@ -651,7 +652,7 @@ def read_ids(path):
     """The ids in a list, one a line. A path names its id: "JPEGImages/x.jpg y.png" is x."""
     with explain("no list", path, "in UTF-8: see --root, --labeled and data/prepare.py"):
         text = Path(path).read_bytes()
-        lines = text.decode(json.detect_encoding(text)).splitlines()
+        lines = text.decode(json.detect_encoding(text)).splitlines()  # UTF-16 too
     around_id = r"^[./]*(JPEGImages/)?|\.(jpe?g|png|bmp|gif|tiff?|webp)(\s.*)?$"
     ids = [re.sub(around_id, "", line.strip(), flags=re.I) for line in lines if line.strip()]
     check(ids, "the list", path, "is empty: write an id on each line")
@@ -723,8 +724,8 @@ def iou_per_class(confusion):
 def predict(model, image):
     """Probabilities float [1, C, H, W] of an image, uint8 [1, 3, H, W]; `model` as load gives it.
 
-    The image, shrunk to base_size if larger, is seen whole; with `sliding` by windows of
-    crop x crop, each 2/3 of a window after the one before, the last flush with the border.
+    Shrunk to base_size if larger, it is seen whole; with `sliding` by windows of crop x crop, 2/3
+    of a window apart, the last flush with the border.
     """
     cfg = model.settings
     image = normalize(image.to(next(model.parameters()).device))
@@ -773,10 +774,9 @@ def print_scores(iou, cfg):
 # 10 ---------- tables and pictures
 
 def load_report():
-    """The functions of data/report.py, {} without it: tables, pictures, predicted masks."""
+    """The functions of data/report.py by name."""
     sys.modules["imas"] = sys.modules[__name__]  # this file, as that one imports it
-    path = DATA / "report.py"
-    return runpy.run_path(str(path)) if path.exists() else {}
+    return runpy.run_path(str(REPORT))
 
 
 # 11 ---------- the run
@@ -787,19 +787,19 @@ MAY_CHANGE = {"device", "workers", "root", "out", "eval_every", "class_names", "
 
 
 def set_up_device(cfg):
-    """The device asked for, else a GPU if there is one; joins the processes of torchrun."""
+    """The device asked for, else a GPU if there is one; joins torchrun's processes."""
     name = cfg.device or ("cuda" if torch.cuda.is_available() else "cpu")
     with explain("no", name, "for each process: take fewer, or --device cpu"):
         if name == "cuda":
             torch.cuda.set_device(LOCAL_RANK)
     if WORLD_SIZE > 1:
-        with explain("the processes do not meet: try torchrun with another --master-port"):
+        with explain("the processes do not meet: try another --master-port"):
             dist.init_process_group("nccl" if name == "cuda" else "gloo")
     return torch.device(name)
 
 
 def build_model(cfg, weights=None):
-    """The network of these settings, which are its attribute `settings`."""
+    """The network of these settings, its attribute `settings`."""
     model = DeepLabV3Plus(
         cfg.num_classes, cfg.backbone, weights, cfg.output_stride, cfg.width, cfg.aux_weight > 0)
     model.settings = cfg
@@ -901,7 +901,9 @@ def train(cfg, device, resume):
               "for validation;", steps, "steps an epoch; on", device, "into", out)
         if cfg.warmup_epochs >= cfg.epochs:
             print("The warm-up takes all epochs: no unlabeled image is used.")
-        report = load_report()
+        report = load_report() if REPORT.exists() else {}
+        if not report:
+            print("No tables and pictures: there is no", REPORT)
 
     for epoch in range(len(log), cfg.epochs):
         start = time.monotonic()
@@ -953,9 +955,8 @@ def train(cfg, device, resume):
             dist.all_reduce(means)
             dist.all_reduce(gamma, dist.ReduceOp.MAX)
         last_epoch = epoch + 1 == cfg.epochs
-        iou = torch.tensor(math.nan)
-        if last_epoch or (epoch + 1) % cfg.eval_every == 0:
-            iou = evaluate(teacher, val)
+        evaluated = last_epoch or (epoch + 1) % cfg.eval_every == 0
+        iou = evaluate(teacher, val) if evaluated else torch.tensor(math.nan)
         if RANK > 0:
             continue
 
@@ -982,7 +983,7 @@ def train(cfg, device, resume):
 # 12 ---------- the command line
 
 def parse(argv):
-    """Settings and jobs. A setting is the flag's, the checkpoint's or preset's, or the default."""
+    """Settings and jobs. A setting is the flag's, else the checkpoint's or preset's, or default."""
     parser = argparse.ArgumentParser(
         add_help=False, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     job = parser.add_mutually_exclusive_group()
@@ -1015,7 +1016,7 @@ def parse(argv):
 
 
 def run(argv):
-    """Do what the command line says."""
+    """Train, score or predict."""
     cfg, args = parse(argv)
     device = set_up_device(cfg)
     root = Path(cfg.root)
@@ -1037,12 +1038,12 @@ def run(argv):
 
 
 def main(argv=None):
-    """Run it. A mistake of the user's ends in one line and exit code 2."""
+    """The program. A mistake of the user's ends in one line and exit code 2."""
     code = 2
     try:
         run(argv)
         code = 0
-    except (UserError, OSError) as error:  # one from a loader's process has a traceback before it
+    except (UserError, OSError) as error:  # a loader's has a traceback before it
         message = str(error).strip().rpartition("UserError: ")[2]
     except (torch.OutOfMemoryError, MemoryError):
         message = "out of memory: raise --accumulate or lower --crop; to evaluate, add --sliding"
@@ -1051,10 +1052,10 @@ def main(argv=None):
         message = traceback.format_exc()
     if code:
         if LOCAL_RANK > 0 or code == 1 and WORLD_SIZE > 1:
-            time.sleep(5)  # what another process reports ends this one meanwhile, by torchrun
+            time.sleep(5)  # meanwhile torchrun ends this one, if another has reported
         print("imas.py:", message, file=sys.stderr, flush=True)
     if WORLD_SIZE > 1:
-        # At once: NCCL can wait for others for ever, and older torch hung in joining threads.
+        # At once: NCCL can wait for ever, and older torch hung in joining threads.
         sys.stdout.flush()
         os._exit(code)
     if code:
@@ -1062,6 +1063,6 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once: files are whole at any time
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends at once
     sys.stdout.reconfigure(errors="backslashreplace")  # for consoles that lack a letter
     main()
