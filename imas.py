@@ -3,8 +3,7 @@
 Zhao et al., CVPR 2023, arXiv 2211.11335, in one file, to be read beside the paper.
 
     python imas.py  # the demo: on a CPU, in minutes
-    torchrun imas.py --dataset voc --labeled 183  # PASCAL VOC, on one GPU
-    torchrun --nproc-per-node 4 imas.py --dataset voc --labeled 183  # on four
+    torchrun imas.py --dataset voc --labeled 183  # VOC on a GPU; on four: --nproc-per-node 4
     python imas.py --dataset FOLDER --num-classes N --labeled K  # your own images
 
 A student network learns from a few labeled images and many unlabeled ones. A teacher, the moving
@@ -52,7 +51,7 @@ from torchvision.ops import Conv2dNormActivation
 from torchvision.transforms import functional as TF
 
 DATA = Path(__file__).resolve().parent / "data"
-REPORT = DATA / "report.py"  # tables and pictures of a run, and predicted masks
+REPORT = DATA / "report.py"  # tables, pictures, predicted masks
 RANK = int(os.environ.get("RANK", 0))  # these three are set by torchrun
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", 0))
 WORLD_SIZE = int(os.environ.get("WORLD_SIZE", 1))
@@ -65,7 +64,7 @@ class UserError(Exception):
 
 
 def check(condition, *words):
-    """Raise UserError unless the condition holds; words as for print, ":" without a space."""
+    """Raise UserError unless the condition holds; words as for print."""
     if not condition:
         raise UserError(" ".join(map(str, words)).replace(" :", ":"))
 
@@ -94,8 +93,8 @@ class Settings:
     root: str = ""  # folder of the data; else data/DATASET, or DATASET
     out: str = ""  # new folder of the run; else in runs/
     labeled: str = ""  # how many images keep labels, or a file with their ids
-    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: none by hardness
-    adapt: Adapt = ALL_PARTS  # parts that follow hardness, others are as in uniform
+    method: Literal["imas", "uniform", "supervised"] = "imas"  # uniform: no part by hardness
+    adapt: Adapt = ALL_PARTS  # parts that follow hardness
     num_classes: int = 0  # in the masks, background included
     class_names: str = ""  # from class 0 on: sky,road,...
     background: int | None = 0  # class left out of hardness, or none
@@ -128,14 +127,16 @@ class Settings:
         check(self.num_classes, "--num-classes is missing, or --dataset is not one of", *PRESETS)
         for name, value in vars(self).items():
             least = LEAST.get(name, 0)
-            most = MOST.get(name, math.inf)
+            most = MOST.get(name, 10**9)
             check(isinstance(value, str | None) or least <= value <= most,
                   "--" + name.replace("_", "-"), value, "is not from", least, "to", most)
         check((self.background or 0) < self.num_classes, "--background has to be a class, or none")
-        method = self.method if self.adapt == ALL_PARTS else self.adapt
-        if self.method != "imas":
+        method = self.method
+        if method != "imas":
             check(self.adapt in (ALL_PARTS, "none"), "--adapt is for --method imas")
             self.adapt = "none"
+        elif self.adapt != ALL_PARTS:
+            method = self.adapt
         self.class_names = self.class_names or ",".join(map(str, range(self.num_classes)))
         check(self.class_names.count(",") == self.num_classes - 1,
               "--class-names are not as many as --num-classes")
@@ -161,8 +162,7 @@ PRESETS = {
         class_names="background,aeroplane,bicycle,bird,boat,bottle,bus,car,cat,chair,cow,"
                     "diningtable,dog,horse,motorbike,person,pottedplant,sheep,sofa,train,tvmonitor",
     ),
-    # As in the authors' code, hardness leaves out class 0, road.
-    "cityscapes": dict(
+    "cityscapes": dict(  # hardness leaves out class 0, road, as in the authors' code
         num_classes=19, base_size=2048, crop=769, epochs=240, lr=0.01, head_lr=1.0,
         weight_decay=5e-4, tau=0.7, ohem=True, aux_weight=0.4, sliding=True,
         class_names="road,sidewalk,building,wall,fence,pole,traffic light,traffic sign,vegetation,"
@@ -418,8 +418,7 @@ def micro_batch_loss(student, teacher, batch, generator, cfg):
         student.train()
         gamma = hardness(student_logits, teacher_logits, cfg.tau, cfg.background, valid)
         confidence, pseudo_label = teacher_logits.float().softmax(1).max(1)
-
-        views["weak"] = weak  # in no loss: for BatchNorm, whose statistics need clean images too
+        views["weak"] = weak  # in no loss: BatchNorm's statistics need clean images too
         views["intensity"] = strong
         if "intensity" in cfg.adapt:
             views["intensity"] = adapt_intensity(weak, strong, gamma)
@@ -523,14 +522,14 @@ def upsample(x, like):
 
 def dilated_resnet(name, weights, output_stride):
     """torchvision's ResNet, its last strides turned into dilations; layer4 is multi-grid."""
-    if name == "resnet8" and weights != "imagenet":
-        net = ResNet(BasicBlock, [1, 1, 1, 1])
-        net.layer4 = nn.Identity()
-    else:
-        with explain("no", name, "with --weights", weights, "here: put torchvision's file into",
-                     torch.hub.get_dir() + "/checkpoints, or take --weights none"):
+    with explain("no", name, "with --weights", weights, "here: put torchvision's file into",
+                 torch.hub.get_dir() + "/checkpoints, or take --weights none"):
+        if name == "resnet8" and weights != "imagenet":
+            net = ResNet(BasicBlock, [1, 1, 1, 1])
+            net.layer4 = nn.Identity()
+        else:
             net = get_model(name, weights="IMAGENET1K_V1" if weights == "imagenet" else None)
-    del net.avgpool, net.fc
+        del net.avgpool, net.fc
     if output_stride == 8:
         dilate(net.layer3, [1] + [2] * 22)  # the first block keeps layer2's dilation
     dilate(net.layer4, [32 // output_stride * k for k in (1, 2, 4)])
@@ -550,7 +549,7 @@ def dilate(stage, rates):
 # 8 ---------- data
 
 class SegmentationDataset(Dataset):
-    """Images and masks in PASCAL VOC's layout. An item is a dict, by the kind of the dataset:
+    """Images and masks in PASCAL VOC's layout. An item is a dict, by kind:
 
     "whole"      image uint8 [3, H, W], label uint8 [H, W]: as stored, for evaluation
     "labeled"    the same, weakly augmented and padded to [crop, crop]
@@ -638,7 +637,7 @@ def read_mask(path, num_classes):
     check(not wrong.size, path, "has", *wrong[:1], "in", wrong.size, "pixels: with --num-classes",
           num_classes, "that is no class; see data/prepare.py own")
     check(num_classes > 2 or mask.mode != "L" or np.unique(labels).tolist() != [0, 255],
-          path, "has 0 and 255 alone, and 255 is ignored: see data/prepare.py own")
+          path, "has 0 and 255 alone, 255 is ignored: see data/prepare.py own")
     return Image.fromarray(labels.astype(np.uint8))
 
 
@@ -693,7 +692,7 @@ def load_datasets(cfg):
 
 
 def make_loader(dataset, epoch, steps, batch):
-    """A DataLoader of this process's micro-batches in `steps` steps of `batch` images."""
+    """A DataLoader of this process's micro-batches, in `steps` steps of `batch` images."""
     cfg = dataset.cfg
     dataset.set_epoch(epoch, steps * batch)
     positions = torch.arange(steps * batch).view(steps, WORLD_SIZE, cfg.accumulate, -1)
@@ -819,7 +818,7 @@ def load(path, device="cpu", cfg=None):
     """The teacher in a checkpoint, in eval mode; its `settings` are the run's, or cfg."""
     content = load_checkpoint(path)
     model = build_model(cfg or content["settings"])
-    with explain(path, "does not fit: leave out the flags that change the network"):
+    with explain(path, "does not fit: leave out flags that change the network"):
         model.load_state_dict(content["teacher"])
     return model.to(device, memory_format=torch.channels_last).eval()
 
@@ -872,7 +871,8 @@ def train(cfg, device, resume):
     saved = None
     if resume and last.exists():
         saved = load_checkpoint(last)
-        changed = {name for name in fixed if saved["fixed"].get(name) != fixed[name]} - MAY_CHANGE
+        before = saved.get("fixed", {})
+        changed = {name for name in fixed if before.get(name) != fixed[name]} - MAY_CHANGE
         check(not changed, last, "is of a run with other", *sorted(changed),
               ": keep them, or change --out")
     student, teacher, ddp_student = build_networks(cfg, device)
@@ -887,7 +887,7 @@ def train(cfg, device, resume):
     # The state of a run: new, or as last.pt has it
     trained = {"student": student, "teacher": teacher, "optimizer": optimizer, "schedule": schedule}
     log = []  # one row of COLUMNS per epoch
-    gammas = []  # per epoch the hardness of all unlabeled images, NaN where it was not measured
+    gammas = []  # hardness of all unlabeled images by epoch, NaN where it was not measured
     best_miou = -1.0
     if saved:
         log, gammas, best_miou = saved["history"]
@@ -903,7 +903,7 @@ def train(cfg, device, resume):
             print("The warm-up takes all epochs: no unlabeled image is used.")
         report = load_report() if REPORT.exists() else {}
         if not report:
-            print("No tables and pictures: there is no", REPORT)
+            print("No tables and pictures without", REPORT)
 
     for epoch in range(len(log), cfg.epochs):
         start = time.monotonic()
@@ -954,6 +954,7 @@ def train(cfg, device, resume):
         if WORLD_SIZE > 1:
             dist.all_reduce(means)
             dist.all_reduce(gamma, dist.ReduceOp.MAX)
+        check(means[0], "no pixel of the labeled masks is labeled: see data/prepare.py own")
         last_epoch = epoch + 1 == cfg.epochs
         evaluated = last_epoch or (epoch + 1) % cfg.eval_every == 0
         iou = evaluate(teacher, val) if evaluated else torch.tensor(math.nan)
@@ -1001,15 +1002,15 @@ def parse(argv):
             options = {"action": argparse.BooleanOptionalAction}
         parser.add_argument("--" + field.name.replace("_", "-"), default=field.default,
                             help=helps[field.name], **options)
-    args, _ = parser.parse_known_args(argv)
-    defaults = PRESETS.get(args.dataset, {})
-    if args.eval or args.checkpoint:
-        content = load_checkpoint(args.eval or args.checkpoint)
-        defaults = vars(content["settings"]) | {"out": "", "device": ""}
-        if args.dataset != Settings.dataset:  # is given
+    args, _ = parser.parse_known_args(argv, argparse.Namespace(dataset=None))
+    defaults = PRESETS.get(args.dataset or Settings.dataset, {})
+    checkpoint = args.eval or args.checkpoint
+    if checkpoint:
+        defaults = vars(load_checkpoint(checkpoint)["settings"]) | {"out": "", "device": ""}
+        if args.dataset:
             defaults["root"] = ""
     parser.set_defaults(**defaults)
-    parser.add_argument("--help", action="help", help="show this, with --dataset's defaults")
+    parser.add_argument("-h", "--help", action="help", help="show this, with --dataset's defaults")
     args = parser.parse_args(argv)
     check(bool(args.predict) == bool(args.checkpoint), "--predict and --checkpoint go together")
     return Settings(**{name: getattr(args, name) for name in helps}), args
@@ -1020,10 +1021,6 @@ def run(argv):
     cfg, args = parse(argv)
     device = set_up_device(cfg)
     root = Path(cfg.root)
-    if RANK == 0 and cfg.dataset == "demo" and not root.exists():
-        runpy.run_path(str(DATA / "demo.py"))["draw_demo"](root)
-    if WORLD_SIZE > 1:
-        dist.barrier()
     if args.eval:
         ids = read_ids(root / "ImageSets/Segmentation/val.txt")
         iou = evaluate(load(args.eval, device, cfg), SegmentationDataset(ids, "whole", cfg))
@@ -1032,8 +1029,12 @@ def run(argv):
     elif args.predict:
         check(WORLD_SIZE == 1, "--predict takes one process: start it without torchrun")
         model = load(args.checkpoint, device, cfg)
-        load_report()["predict_images"](model, args.predict, Path(cfg.out))
+        load_report()["predict_images"](model, args.predict, Path(args.out))
     else:
+        if RANK == 0 and cfg.dataset == "demo" and not root.exists():
+            runpy.run_path(str(DATA / "demo.py"))["draw_demo"](root)
+        if WORLD_SIZE > 1:
+            dist.barrier()
         train(cfg, device, args.resume)
 
 

@@ -79,7 +79,7 @@ def draw_grid(cells, names):
     axes = figure.subplots(rows, 4, squeeze=False)
     for axis, (title, image) in zip(axes.flat, cells):
         axis.imshow(np.asarray(image), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-        axis.set_title(title, fontsize=13)
+        axis.set_title(title, fontsize=13, parse_math=False)
         axis.axis("off")
     colors = [*PALETTE[:len(names)], PALETTE[255]]
     for name, color in zip([*names, "ignored"], colors):
@@ -167,7 +167,10 @@ def predict_images(model, names, out):
     """Write NAME.png, a palette mask, and NAME_overlay.jpg of images, files or folders of them."""
     images = {}
     for name in names:
-        found = imas.find_images(name) or {Path(name).stem: Path(name)}
+        found = imas.find_images(name)
+        if Path(name).is_file():
+            found = {Path(name).stem: Path(name)}
+        imas.check(name and found, "no image in", repr(name), ": change --predict")
         doubled = images.keys() & found.keys()
         imas.check(not doubled, "two images of one name: rename one of", *sorted(doubled)[:3])
         images |= found
