@@ -127,7 +127,7 @@ class Settings:
         check(self.num_classes, "--num-classes is missing, or --dataset is not one of", *PRESETS)
         for name, value in vars(self).items():
             least = LEAST.get(name, 0)
-            most = MOST.get(name, 10**9)
+            most = MOST.get(name, 2**32)
             check(isinstance(value, str | None) or least <= value <= most,
                   "--" + name.replace("_", "-"), value, "is not from", least, "to", most)
         check((self.background or 0) < self.num_classes, "--background has to be a class, or none")
