@@ -351,7 +351,6 @@ def read_classes(source):
                 rows.append((found[1], tuple(map(int, found.group(2, 3, 4)))))
         rows.sort(key=lambda row: row[0].lower() != "background")
     elif class_names.is_file():
-        by_colour = ["P"]
         lines = [line for line in read_lines(class_names) if line != "__ignore__"]
         rows = zip(lines, map(tuple, PALETTE))
     for path in source.glob("*/_classes.csv"):
@@ -502,6 +501,7 @@ def report(root, names, pixels, train, labeled, side):
         )
     if train - labeled < batch:  # then most go without their masks
         labeled = min(labeled, max(1, train // 4))
+        print(labeled, "keep their labels; to use all: --method supervised and a higher --labeled")
     if masks[0] and names[0].strip("_").lower() == "background":
         print(
             "class 0 is taken as the background, which hardness leaves out: another name in "

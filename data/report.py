@@ -165,6 +165,7 @@ def draw_curves(log, gammas):
 
 def predict_images(model, names, out):
     """Write NAME.png, a palette mask, and NAME_overlay.jpg of images, files or folders of them."""
+    imas.check(out.name, "--predict needs --out, a new folder")
     images = {}
     for name in names:
         found = imas.find_images(name)
