@@ -571,7 +571,7 @@ class SegmentationDataset(Dataset):
         self.order = range(len(ids))
 
     def set_epoch(self, epoch, length):
-        """Draw an epoch: all images in random order, then again, until there are `length`."""
+        """Draw an epoch: all images in random order, again until there are `length` or more."""
         self.seed = (self.cfg.seed, epoch, self.KINDS.index(self.kind))
         rng = np.random.default_rng(self.seed)
         passes = length // len(self.ids) + 1
@@ -737,6 +737,7 @@ def predict(model, image):
     def windows(side):  # along one axis
         last = max(side - size, 0)
         return [slice(start, start + size) for start in (*range(0, last, size * 2 // 3), last)]
+
     total = image.new_zeros(1, cfg.num_classes, height, width)
     count = image.new_zeros(height, width)
     for rows in windows(height):
